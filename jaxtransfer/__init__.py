@@ -1,0 +1,1 @@
+"""jaxtransfer: how much of a pretrained network does my task need?"""

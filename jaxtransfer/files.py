@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Yields a name to write beside `path`; renames it there on success.
+
+  Whatever happens in between, a reader sees the old file or the new one and
+  never a part: the temporary file is flushed to disk before the rename, the
+  directory after it, and a failure removes the temporary file.
+
+  Args:
+    path: where the finished file is to appear. Its directory is made.
+
+  Yields:
+    The temporary path, `.<name>.tmp-<pid>` in the same directory.
+
+  Raises:
+    OSError: the directory cannot be written or the disk is full; `path` is as
+      it was.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+  try:
+    yield temporary
+    _fsync(temporary)
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  _fsync(path.parent)
+
+
+def _fsync(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes `text` as UTF-8, atomically."""
+  with atomic_path(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes `value` as indented JSON, atomically; NaN is refused.
+
+  Raises:
+    ValueError: `value` holds NaN or infinity, which are not JSON.
+  """
+  write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(
+  path: str | os.PathLike[str],
+  header: Sequence[str],
+  rows: Iterable[Sequence[Any]],
+) -> None:
+  """Writes a header and rows as CSV, atomically."""
+  with atomic_path(path) as temporary:
+    with open(temporary, "w", newline="", encoding="utf-8") as f:
+      writer = csv.writer(f, lineterminator="\n")
+      writer.writerow(header)
+      writer.writerows(rows)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+  """Returns the hex SHA-256 of a file's bytes."""
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()

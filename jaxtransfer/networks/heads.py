@@ -1,0 +1,27 @@
+"""What is put on a cut network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+class Linear(nnx.Module):
+  """An affine map in float32, whatever the trunk computes in.
+
+  Args:
+    channels_in: width of the features.
+    channels_out: number of classes.
+  """
+
+  def __init__(self, channels_in: int, channels_out: int):
+    self.kernel = nnx.Param(jnp.zeros((channels_in, channels_out)))
+    self.bias = nnx.Param(jnp.zeros((channels_out,)))
+
+  def __call__(self, features: jax.Array) -> jax.Array:
+    logits = jnp.dot(
+      features.astype(jnp.float32),
+      self.kernel[...],
+      precision=lax.Precision.HIGHEST,
+    )
+    return logits + self.bias[...]

@@ -1,0 +1,137 @@
+"""A network as a chain of named layers, cut where asked."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtransfer import errors
+from jaxtransfer.networks import heads
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """Returns `; did you mean X?` for the closest of `names`, or nothing."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+  return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Network(nnx.Module):
+  """Named layers in order, global average pooling, and perhaps a head.
+
+  Args:
+    name: the zoo's name.
+    family: whose names and initialiser hold ("resnet", "densenet").
+    layers: (layer name, module) in order, already cut. A module maps
+      (x_NHWC, train) to the next x_NHWC and knows its `channels`.
+    aliases: a stage's name -> the name of its last layer.
+    relu: whether a ReLU follows the last layer before pooling, as after an
+      uncut DenseNet's norm5.
+    num_classes: width of the linear head; None for pooled features.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    family: str,
+    layers: Sequence[tuple[str, nnx.Module]],
+    aliases: Mapping[str, str],
+    relu: bool,
+    num_classes: int | None,
+  ):
+    self.name = name
+    self.family = family
+    self.layer_names = tuple(n for n, _ in layers)
+    self.layers = nnx.List([layer for _, layer in layers])
+    self.aliases = tuple(
+      (alias, layer)
+      for alias, layer in aliases.items()
+      if layer in self.layer_names
+    )
+    self.relu = relu
+    self.channels = layers[-1][1].channels
+    self.head = (
+      None if num_classes is None else heads.Linear(self.channels, num_classes)
+    )
+
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns pooled features, or logits where the network has a head.
+
+    Args:
+      images: (N, H, W, 3) float, normalised.
+      train: normalise with the batch's statistics and update the running ones.
+
+    Returns:
+      (N, channels) or (N, num_classes) float32.
+    """
+    x_NHWC = images
+    for layer in self.layers:
+      x_NHWC = layer(x_NHWC, train)
+    if self.relu:
+      x_NHWC = jax.nn.relu(x_NHWC)
+    features = average(x_NHWC)
+    return features if self.head is None else self.head(features)
+
+  def taps(
+    self,
+    images: jax.Array,
+    at: Sequence[str],
+    *,
+    pool: bool = True,
+    train: bool = False,
+  ) -> dict[str, jax.Array]:
+    """Returns the outputs of several layers from one forward pass.
+
+    Args:
+      images: (N, H, W, 3) float, normalised.
+      at: layer names; nothing beyond the deepest is computed.
+      pool: average over height and width.
+      train: as in `__call__`.
+
+    Returns:
+      {name: (N, C) float32}, or {name: (N, h, w, C)} where pool is False, in
+      the order of `at`.
+
+    Raises:
+      UsageError: a name is not a layer of this (perhaps cut) network.
+    """
+    wanted = {tap: self.resolve(tap) for tap in at}
+    missing = set(wanted.values())
+    outputs: dict[str, jax.Array] = {}
+    x_NHWC = images
+    for name, layer in zip(self.layer_names, self.layers, strict=True):
+      if not missing:
+        break
+      x_NHWC = layer(x_NHWC, train)
+      if name in missing:
+        outputs[name] = average(x_NHWC) if pool else x_NHWC
+        missing.remove(name)
+    return {tap: outputs[name] for tap, name in wanted.items()}
+
+  def resolve(self, tap: str) -> str:
+    """Returns the layer a tap names: itself, or the last layer of a stage.
+
+    Raises:
+      UsageError: no such layer in this network.
+    """
+    layer = dict(self.aliases).get(tap, tap)
+    if layer not in self.layer_names:
+      known = [*dict(self.aliases), *self.layer_names]
+      raise unknown_layer(self.name, tap, known)
+    return layer
+
+
+def unknown_layer(
+  network: str, tap: str, known: Sequence[str]
+) -> errors.UsageError:
+  """Returns the error for a layer name that a network does not have."""
+  return errors.UsageError(
+    f"{network} has no layer {tap!r}{nearest(tap, known)}"
+    f" (layers: {known[0]} ... {known[-1]})"
+  )
+
+
+def average(x_NHWC: jax.Array) -> jax.Array:
+  """Returns the mean over height and width, (N, C) float32."""
+  return x_NHWC.astype(jnp.float32).mean((1, 2))

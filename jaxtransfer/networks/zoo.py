@@ -1,0 +1,143 @@
+"""The networks by name: which there are, their layers, and building one."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtransfer import errors
+from jaxtransfer.networks import densenet, resnet
+from jaxtransfer.networks.network import Network, nearest, unknown_layer
+
+_FAMILIES = {"resnet": resnet, "densenet": densenet}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One layer, and what the network cut after it amounts to.
+
+  Attributes:
+    name: torchvision's.
+    channels: width of its output, so of the pooled features.
+    stride: input pixels per output pixel.
+    params: trainable parameters up to and with this layer, no head.
+    macs: multiply-accumulates for one 224 x 224 image up to this layer.
+  """
+
+  name: str
+  channels: int
+  stride: int
+  params: int
+  macs: int
+
+
+def list_models() -> list[str]:
+  """Returns the names that `create_model` knows, sorted."""
+  return sorted(n for module in _FAMILIES.values() for n in module.NETWORKS)
+
+
+def family(name: str) -> str:
+  """Returns "resnet" or "densenet".
+
+  Raises:
+    UsageError: no such network.
+  """
+  for known, module in _FAMILIES.items():
+    if name in module.NETWORKS:
+      return known
+  raise errors.UsageError(
+    f"no network {name!r}{nearest(name, list_models())}"
+    f" (known: {', '.join(list_models())})"
+  )
+
+
+@functools.cache
+def list_layers(name: str) -> tuple[Layer, ...]:
+  """Returns a network's layers in order, a stage's name after its last block.
+
+  Args:
+    name: one of `list_models`.
+
+  Returns:
+    A `Layer` for every name that `until` and `taps` accept.
+
+  Raises:
+    UsageError: no such network.
+  """
+  network = build(name)
+  stages = {layer: alias for alias, layer in network.aliases}
+  found = []
+  params, macs, size = 0, 0, (224, 224)
+  for layer_name, layer in zip(
+    network.layer_names, network.layers, strict=True
+  ):
+    state = nnx.state(layer, nnx.Param)
+    params += sum(leaf.size for leaf in jax.tree.leaves(state))
+    own, size = layer.macs(size)
+    macs += own
+    for alias in filter(None, [layer_name, stages.get(layer_name)]):
+      found.append(Layer(alias, layer.channels, 224 // size[0], params, macs))
+  return tuple(found)
+
+
+def blocks(name: str) -> list[str]:
+  """Returns the coarse taps: the stem and the end of every stage or block."""
+  network = build(name)
+  stages = {layer: alias for alias, layer in network.aliases}
+  inner = {n for n in network.layer_names if "." in n} - set(stages)
+  return [stages.get(n, n) for n in network.layer_names if n not in inner]
+
+
+def build(
+  name: str,
+  *,
+  until: str | None = None,
+  num_classes: int | None = None,
+  dtype: jnp.dtype = jnp.float32,
+  final_relu: bool = True,
+) -> Network:
+  """Builds a network without values: every variable holds a shape only.
+
+  Args:
+    name: one of `list_models`.
+    until: the last layer kept; None for all. Later layers are never built.
+    num_classes: width of a linear head; None for pooled features.
+    dtype: compute dtype; parameters are float32.
+    final_relu: whether an uncut DenseNet ends in torchvision's ReLU. Some
+      published histology networks pool norm5 without it.
+
+  Returns:
+    The network; `tensors.load` gives it values.
+
+  Raises:
+    UsageError: no such network or layer.
+  """
+  kind = family(name)
+  module: types.ModuleType = _FAMILIES[kind]
+  spec = module.NETWORKS[name]
+  names = module.layer_names(spec)
+  aliases = module.aliases(spec)
+  last = names[-1] if until is None else aliases.get(until, until)
+  if last not in names:
+    raise unknown_layer(name, until, [*aliases, *names])
+  dtype = jnp.dtype(dtype)
+
+  def construct() -> Network:
+    kept = []
+    for layer in module.make_layers(spec, dtype):
+      kept.append(layer)
+      if layer[0] == last:
+        break
+    return Network(
+      name,
+      kind,
+      kept,
+      aliases,
+      relu=kind == "densenet" and until is None and final_relu,
+      num_classes=num_classes,
+    )
+
+  return nnx.eval_shape(construct)

@@ -81,3 +81,21 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
   """Returns the hex SHA-256 of a file's bytes."""
   with open(path, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cache_directory(*parts: str) -> pathlib.Path:
+  """Makes and returns a directory of the user's own cache.
+
+  `JAXTRANSFER_CACHE` names the cache, ~/.cache/jaxtransfer by default. It is
+  readable by its owner alone: compiled programs kept in it are executed.
+
+  Args:
+    *parts: directories below it.
+  """
+  root = pathlib.Path(
+    os.environ.get("JAXTRANSFER_CACHE") or "~/.cache/jaxtransfer"
+  ).expanduser()
+  root.mkdir(mode=0o700, parents=True, exist_ok=True)
+  directory = root.joinpath(*parts)
+  directory.mkdir(parents=True, exist_ok=True)
+  return directory

@@ -24,7 +24,9 @@ class Network(nnx.Module):
     name: the zoo's name.
     family: whose names and initialiser hold ("resnet", "densenet").
     layers: (layer name, module) in order, already cut. A module maps
-      (x_NHWC, train) to the next x_NHWC and knows its `channels`.
+      (x_NHWC, train) to the next x_NHWC, knows its output's `channels`, and
+      `macs(size)` gives its multiply-accumulates for one image of that (height,
+      width) and the size it hands on.
     aliases: a stage's name -> the name of its last layer.
     relu: whether a ReLU follows the last layer before pooling, as after an
       uncut DenseNet's norm5.

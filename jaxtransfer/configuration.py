@@ -1,0 +1,80 @@
+"""The keys that every config shares, so that one learns them once."""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from jaxtransfer import errors
+
+
+def shared(job: str, network: str) -> ml_collections.ConfigDict:
+  """Returns a config with the keys that every job has, and their defaults.
+
+  Args:
+    job: the job's name, a module of `jaxtransfer.jobs`.
+    network: a name of `jaxtransfer.list_models()`.
+  """
+  config = ml_collections.ConfigDict()
+  config.job = job
+  config.seed = 0  # decides splits, order, random weights and resamples
+  config.batch_size = 64  # images over all devices
+  config.dtype = "float32"  # "bfloat16" on GPU and TPU; parameters stay float32
+  config.parallel = "jit"  # "pmap" gives the same results
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = ""  # manifest.csv, a folder, tfds:<name>, synthetic:...
+  config.data.image_size = 224  # pixels: shorter side resized, centre cropped
+  config.data.workers = 0  # decoding processes; 0 = threads of this process
+  config.data.max_failures = 0.01  # unreadable share of images that stops a run
+  config.data.max_pixels = 100_000_000  # larger images are refused unopened
+  config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
+  config.data.few_shot = 0  # train images of each class; 0 = all
+  config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default
+
+  config.network = ml_collections.ConfigDict()
+  config.network.name = network
+  config.network.weights = "imagenet"  # a catalog name or a path; "" = random
+  config.network.until = ""  # deepest layer used; "" = the whole network
+  return config
+
+
+def job_module(name: str) -> str:
+  """Returns the module of a job.
+
+  Raises:
+    UsageError: no such job.
+  """
+  module = f"jaxtransfer.jobs.{name}"
+  if not name.isidentifier() or importlib.util.find_spec(module) is None:
+    raise errors.UsageError(
+      f"config.job is {name!r}; no file jaxtransfer/jobs/{name}.py"
+    )
+  return module
+
+
+def positive(config: Mapping[str, Any], *keys: str) -> None:
+  """Checks that integer keys of a config are at least one.
+
+  Raises:
+    UsageError: naming the first key that is not.
+  """
+  for key in keys:
+    value: Any = config
+    for part in key.split("."):
+      value = value[part]
+    if value < 1:
+      raise errors.UsageError(f"config.{key} is {value}; it must be positive")
+
+
+def one_of(name: str, value: str, known: Mapping[str, Any] | tuple) -> None:
+  """Checks that a key's value is one of those there are.
+
+  Raises:
+    UsageError: it is not.
+  """
+  if value not in known:
+    raise errors.UsageError(
+      f"config.{name} is {value!r}; it is one of {', '.join(known)}"
+    )

@@ -1,0 +1,94 @@
+"""absl flags -> config -> one job.
+
+jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/l1 \
+  --config.data=manifest.csv
+"""
+
+import importlib
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from jaxtransfer import configuration, errors, workdir
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/ and, after a colon, a network's name."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run; the same command again resumes it."
+)
+
+USAGE = 2
+INTERRUPTED = 130
+PREEMPTED = 143
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Reads the flags; a mistake in them is one line and exit code 2."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise errors.UsageError(f"unknown argument {rest[1]!r}")
+    for flag in (_CONFIG, _WORKDIR):
+      if flag.value is None:
+        raise errors.UsageError(f"--{flag.name} is missing")
+    return rest
+  except (flags.Error, AttributeError, OSError, TypeError, ValueError) as e:
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    _fail(lines[-1].removeprefix("jaxtransfer.errors.UsageError: "), USAGE)
+
+
+def _fail(message: str, code: int) -> None:
+  print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
+  sys.exit(code)
+
+
+def _preempt(*_) -> None:  # noqa: ANN002
+  raise SystemExit(PREEMPTED)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the job that the config names and returns the exit code."""
+  config = _CONFIG.value
+  signal.signal(signal.SIGTERM, _preempt)
+  try:
+    module = configuration.job_module(config.job)
+    command = shlex.join(["jaxtransfer", *sys.argv[1:]])
+    with workdir.claim(_WORKDIR.value, config.to_dict(), command) as claimed:
+      if claimed.finished:
+        print(f"{claimed.path} is finished; see {claimed.path}/report.html")
+        return 0
+      print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
+      return importlib.import_module(module).run(config, claimed)
+  except errors.UsageError as e:
+    _fail(str(e), USAGE)
+  except errors.RunError as e:
+    _fail(str(e), 1)
+  except OSError as e:
+    _fail(f"{e.filename or _WORKDIR.value}: {e.strerror or e}", 1)
+  except KeyboardInterrupt:
+    _fail("interrupted; the same command resumes", INTERRUPTED)
+  except SystemExit as e:
+    if e.code == PREEMPTED:
+      print("jaxtransfer: preempted; the same command resumes", file=sys.stderr)
+    raise
+
+
+def run() -> None:
+  """The console script."""
+  # `--config.data=tiles.csv` is short for the key that names the source.
+  sys.argv[1:] = [
+    argument.replace("--config.data=", "--config.data.source=", 1)
+    if argument.startswith("--config.data=")
+    else argument
+    for argument in sys.argv[1:]
+  ]
+  app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,97 @@
+"""The devices of a run: one mesh axis `data`, with jit or with pmap.
+
+Both ways lay a batch over the devices in the same order, so they give the same
+rows; a program is compiled once because every batch has the same shape.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxtransfer import errors
+
+MODES = ("jit", "pmap")
+
+
+class Devices:
+  """Lays state and batches over devices and compiles what runs on them.
+
+  Args:
+    mode: "jit" (sharded arrays, the default) or "pmap" (a leading axis of
+      devices inside, the same results outside).
+    devices: which to use; all by default.
+
+  Raises:
+    UsageError: no such mode.
+  """
+
+  def __init__(
+    self, mode: str = "jit", devices: list[jax.Device] | None = None
+  ):
+    if mode not in MODES:
+      raise errors.UsageError(
+        f"config.parallel is {mode!r}; it is one of {', '.join(MODES)}"
+      )
+    self.mode = mode
+    self.devices = list(jax.devices() if devices is None else devices)
+    self.mesh = jax.make_mesh(
+      (len(self.devices),),
+      ("data",),
+      axis_types=(AxisType.Auto,),
+      devices=self.devices,
+    )
+    self._split = NamedSharding(self.mesh, PartitionSpec("data"))
+    self._whole = NamedSharding(self.mesh, PartitionSpec())
+
+  def __str__(self) -> str:
+    kind = self.devices[0].device_kind
+    return f"{len(self.devices)} x {kind} ({self.mode})"
+
+  def batch_size(self, wanted: int) -> int:
+    """Returns `wanted` rounded up to a multiple of the devices."""
+    count = len(self.devices)
+    return -(-wanted // count) * count
+
+  def replicate(self, tree: Any) -> Any:
+    """Returns the tree with a copy on every device."""
+    return jax.device_put(tree, self._whole)
+
+  def put(self, tree: Any) -> Any:
+    """Sends arrays whose first axis is the batch, a part to each device.
+
+    Args:
+      tree: arrays (B, ...), B a multiple of the devices.
+    """
+    if self.mode == "pmap":
+      tree = jax.tree.map(self._by_device, tree)
+    return jax.device_put(tree, self._split)
+
+  def get(self, tree: Any) -> Any:
+    """Waits for arrays and returns them as NumPy arrays (B, ...)."""
+    tree = jax.device_get(tree)
+    if self.mode == "pmap":
+      return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return tree
+
+  def compile(self, function: Callable[[Any, Any], Any]) -> Callable:
+    """Compiles `function(state, batch)` for replicated state, split batch.
+
+    Args:
+      function: pure; what it returns has the batch as its first axis.
+
+    Returns:
+      A function of (replicated state, batch as `put` returns it).
+    """
+    if self.mode == "pmap":
+      return jax.pmap(function, "data", in_axes=(None, 0), devices=self.devices)
+    return jax.jit(
+      function,
+      in_shardings=(self._whole, self._split),
+      out_shardings=self._split,
+    )
+
+  def _by_device(self, x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(self.devices), -1, *x.shape[1:])

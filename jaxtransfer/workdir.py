@@ -1,0 +1,181 @@
+"""What a run leaves in its directory, and whose directory it is."""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxtransfer import errors, files
+
+# A run may go on with more workers or other devices; the rest decides numbers.
+_FREE_KEYS = ("data.workers", "parallel")
+_PACKAGES = (
+  "jaxtransfer",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "grain",
+  "numpy",
+  "scipy",
+  "scikit-learn",
+  "pillow",
+)
+
+
+class Workdir:
+  """One run's directory: config.json, metrics.jsonl, results and features.
+
+  Args:
+    path: the directory; `claim` made it.
+    config: the whole config as plain values.
+    command: the exact command line.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, config: Mapping[str, Any], command: str
+  ):
+    self.path = path
+    self.config = config
+    self.command = command
+
+  def begin(self, devices: str) -> dict[str, Any]:
+    """Writes config.json: the run's checks are over and its work begins.
+
+    Args:
+      devices: which they are, in words.
+
+    Returns:
+      What was run: command, versions, devices, commit, time.
+    """
+    run = {
+      "command": self.command,
+      "versions": _versions(),
+      "devices": devices,
+      "commit": _commit(),
+      "started": datetime.datetime.now(datetime.UTC).isoformat(
+        timespec="seconds"
+      ),
+    }
+    files.write_json(
+      self.path / "config.json", {"config": self.config, "run": run}
+    )
+    return run
+
+  def log(self, **values: Any) -> None:
+    """Appends one line to metrics.jsonl."""
+    line = json.dumps(values, allow_nan=True)
+    with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+      f.write(line + "\n")
+
+  @property
+  def finished(self) -> bool:
+    """Whether a run of this config has left its results here."""
+    return (self.path / "results.json").exists()
+
+
+@contextlib.contextmanager
+def claim(
+  path: str | os.PathLike[str], config: Mapping[str, Any], command: str
+) -> Iterator[Workdir]:
+  """Takes a directory for one run of one config, for as long as it runs.
+
+  Args:
+    path: the directory; made if it is not there.
+    config: the whole config as plain values.
+    command: the exact command line.
+
+  Yields:
+    The directory. A run that stopped before goes on in it.
+
+  Raises:
+    UsageError: another process is at work in it, it holds a run of another
+      config, or it cannot be written.
+  """
+  path = pathlib.Path(path)
+  config = json.loads(json.dumps(config))
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+  except OSError as e:
+    raise errors.UsageError(
+      f"--workdir={path} cannot be written: {e.strerror}"
+    ) from None
+  with lock:
+    try:
+      # The kernel lets go of it when the process ends, however it ends.
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      lock.seek(0)
+      raise errors.UsageError(
+        f"--workdir={path} is in use by process {lock.read().strip()};"
+        " wait for it or choose another directory"
+      ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
+    _refuse_other(path, config)
+    yield Workdir(path, config, command)
+
+
+def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Refuses a directory in which another config was run."""
+  stored = path / "config.json"
+  if not stored.exists():
+    return
+  try:
+    before = json.loads(stored.read_text(encoding="utf-8"))["config"]
+  except (ValueError, KeyError):
+    raise errors.UsageError(
+      f"{stored} is not a config this program wrote; choose another --workdir"
+    ) from None
+  old, new = dict(_flat(before)), dict(_flat(config))
+  differences = [
+    f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and key not in _FREE_KEYS
+  ]
+  if differences:
+    raise errors.UsageError(
+      f"--workdir={path} holds a run of another config"
+      f" ({'; '.join(differences)}); choose another directory"
+    )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator:
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _versions() -> dict[str, str]:
+  found = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
+
+
+def _commit() -> str | None:
+  """Returns the commit of the source this runs from, where it is a clone."""
+  root = pathlib.Path(__file__).parent.parent
+  if not (root / ".git").exists():
+    return None
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    return subprocess.run(
+      ["git", "-C", str(root), "rev-parse", "HEAD"],
+      capture_output=True,
+      check=True,
+      text=True,
+      timeout=10,
+    ).stdout.strip()
+  return None

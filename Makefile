@@ -1,0 +1,37 @@
+# `make quickstart` and `make test` do everything on a machine that has only
+# Python, git and make.
+
+PYTHON ?= python3
+VENV ?= .venv-$(notdir $(PYTHON))
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/installed
+WORKDIR ?= runs/quickstart
+# Four workers on a laptop's cores would fight for them; two fill a small CI.
+WORKERS ?= 2
+
+.PHONY: install quickstart test test-all lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxtransfer needs Python >= 3.11: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/jaxtransfer --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache

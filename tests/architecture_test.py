@@ -1,0 +1,78 @@
+"""The import directions of the design, read from the source."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "jaxtransfer"
+
+# Room -> what of ours it may import besides itself.
+ALLOWED = {
+  "measure": set(),
+  "networks": {"errors"},
+  "report": {"errors", "files"},
+  "data": {"errors", "files"},
+  "weights": {"errors", "files", "networks"},
+  "training": {"errors", "files", "networks", "parallel", "measure", "data"},
+  "jobs": {
+    "configuration",
+    "data",
+    "errors",
+    "features",
+    "files",
+    "measure",
+    "networks",
+    "parallel",
+    "report",
+    "training",
+    "weights",
+    "workdir",
+  },
+}
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+  """Returns the modules of ours that a file names, below `jaxtransfer.`."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+      continue
+    found |= {
+      name.removeprefix("jaxtransfer.")
+      for name in names
+      if name.startswith("jaxtransfer.")
+    }
+  return found
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_a_room_imports_only_what_it_may(room):
+  """Reading the imports themselves holds for every file, also a new one."""
+  for path in (PACKAGE / room).rglob("*.py"):
+    rooms = {name.split(".")[0] for name in _imports(path)} - {room}
+    assert rooms <= ALLOWED[room], f"{path.name} imports {rooms}"
+
+
+def test_no_job_imports_another():
+  """A job is what a user runs; what two share belongs in another room."""
+  for path in (PACKAGE / "jobs").glob("*.py"):
+    jobs = {n for n in _imports(path) if n.startswith("jobs")}
+    assert not jobs, f"{path.name} imports {jobs}"
+
+
+def test_tensorflow_and_torch_are_never_imported():
+  """Both are another framework's weight on every user's machine."""
+  for path in PACKAGE.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [node.module or ""]
+      heads = {name.split(".")[0] for name in names}
+      assert not heads & {"tensorflow", "torch", "torchvision"}, path

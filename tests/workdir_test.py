@@ -1,0 +1,55 @@
+"""One directory, one run of one config."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxtransfer import errors, workdir
+
+CONFIG = {"job": "layers", "data": {"source": "a.csv", "workers": 0}}
+
+
+def test_the_same_config_goes_on_and_another_is_refused(tmp_path):
+  """The refusal names the key and both values; workers may change freely."""
+  with workdir.claim(tmp_path / "run", CONFIG, "command") as run:
+    run.begin("1 x cpu")
+  more_workers = {"job": "layers", "data": {"source": "a.csv", "workers": 4}}
+  with workdir.claim(tmp_path / "run", more_workers, "command"):
+    pass
+  other = {"job": "layers", "data": {"source": "b.csv", "workers": 0}}
+  with (
+    pytest.raises(errors.UsageError, match="data.source: 'a.csv' there"),
+    workdir.claim(tmp_path / "run", other, "command"),
+  ):
+    pass
+
+
+def test_two_processes_cannot_work_in_one_directory(tmp_path):
+  """The lock is the kernel's: held by the other process, gone with it."""
+  code = (
+    "from jaxtransfer import errors, workdir\n"
+    "try:\n"
+    f"  with workdir.claim({str(tmp_path)!r}, {CONFIG!r}, ''): print('in')\n"
+    "except errors.UsageError as e: print(e)\n"
+  )
+
+  def attempt():
+    return subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+  with workdir.claim(tmp_path, CONFIG, "command"):
+    assert "in use by process" in attempt()
+  assert attempt() == "in\n"
+
+
+def test_config_json_says_what_ran(tmp_path):
+  """Config, versions, devices and the command are enough to repeat a run."""
+  with workdir.claim(tmp_path, CONFIG, "jaxtransfer --x") as run:
+    run.begin("1 x cpu")
+  stored = json.loads((tmp_path / "config.json").read_text())
+  assert stored["config"] == CONFIG
+  assert stored["run"]["command"] == "jaxtransfer --x"
+  assert "jax" in stored["run"]["versions"]

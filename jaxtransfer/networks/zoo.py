@@ -24,7 +24,7 @@ class Layer:
     channels: width of its output, so of the pooled features.
     stride: input pixels per output pixel.
     params: trainable parameters up to and with this layer, no head.
-    macs: multiply-accumulates for one 224 x 224 image up to this layer.
+    macs: multiply-accumulates for one image up to this layer.
   """
 
   name: str
@@ -55,11 +55,12 @@ def family(name: str) -> str:
 
 
 @functools.cache
-def list_layers(name: str) -> tuple[Layer, ...]:
+def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   """Returns a network's layers in order, a stage's name after its last block.
 
   Args:
     name: one of `list_models`.
+    image_size: side of the image whose multiply-accumulates are counted.
 
   Returns:
     A `Layer` for every name that `until` and `taps` accept.
@@ -70,7 +71,8 @@ def list_layers(name: str) -> tuple[Layer, ...]:
   network = build(name)
   stages = {layer: alias for alias, layer in network.aliases}
   found = []
-  params, macs, size = 0, 0, (224, 224)
+  params, macs = 0, 0
+  size, strided = (image_size, image_size), (224, 224)
   for layer_name, layer in zip(
     network.layer_names, network.layers, strict=True
   ):
@@ -78,17 +80,49 @@ def list_layers(name: str) -> tuple[Layer, ...]:
     params += sum(leaf.size for leaf in jax.tree.leaves(state))
     own, size = layer.macs(size)
     macs += own
+    strided = layer.macs(strided)[1]
     for alias in filter(None, [layer_name, stages.get(layer_name)]):
-      found.append(Layer(alias, layer.channels, 224 // size[0], params, macs))
+      found.append(
+        Layer(alias, layer.channels, 224 // strided[0], params, macs)
+      )
   return tuple(found)
 
 
-def blocks(name: str) -> list[str]:
-  """Returns the coarse taps: the stem and the end of every stage or block."""
-  network = build(name)
+def select_taps(
+  name: str, taps: str, until: str | None = None
+) -> tuple[str, ...]:
+  """Returns the taps that a config's words mean, in the network's order.
+
+  Args:
+    name: one of `list_models`.
+    taps: "blocks" for the stem and the end of every stage, dense block and
+      transition; "layers" for every layer; or names with commas between.
+    until: the deepest layer that "blocks" and "layers" go to; None for all.
+
+  Returns:
+    Layer names, none twice.
+
+  Raises:
+    UsageError: an unknown network or layer, or one beyond `until`.
+  """
+  network = build(name, until=until)
   stages = {layer: alias for alias, layer in network.aliases}
-  inner = {n for n in network.layer_names if "." in n} - set(stages)
-  return [stages.get(n, n) for n in network.layer_names if n not in inner]
+  if taps == "layers":
+    return network.layer_names
+  if taps == "blocks":
+    return tuple(
+      stages.get(layer, layer)
+      for layer in network.layer_names
+      if "." not in layer or layer in stages
+    )
+  wanted: dict[str, str] = {}
+  for tap in filter(None, map(str.strip, taps.split(","))):
+    wanted.setdefault(network.resolve(tap), tap)
+  if not wanted:
+    raise errors.UsageError(
+      'config.taps is empty; give "blocks", "layers" or names of layers'
+    )
+  return tuple(wanted[n] for n in network.layer_names if n in wanted)
 
 
 def build(

@@ -1,0 +1,323 @@
+"""Networks with numbers in them, and files with a network's numbers."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxtransfer import errors, files
+from jaxtransfer.networks import tensors, zoo
+from jaxtransfer.networks.network import Network
+from jaxtransfer.weights import catalog, keymaps, readers
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a network's numbers come from, and what images they are made for.
+
+  Attributes:
+    label: "random", a catalog name, or the file's name: for reports.
+    path: the file or directory; None for random weights.
+    sha256: digest of its bytes; "" for random weights.
+    mean: per RGB channel, for pixels scaled to [0, 1].
+    std: likewise.
+    final_relu: whether an uncut DenseNet's features end in the ReLU.
+    licence: as its publisher states it; "" where nothing is known.
+  """
+
+  label: str
+  path: pathlib.Path | None = None
+  sha256: str = ""
+  mean: tuple[float, float, float] = catalog.IMAGENET_MEAN
+  std: tuple[float, float, float] = catalog.IMAGENET_STD
+  final_relu: bool = True
+  licence: str = ""
+
+
+def resolve_weights(
+  network: str, weights: str | os.PathLike[str] | None
+) -> Source:
+  """Finds the file that `weights=` means, and what is known of it.
+
+  Args:
+    network: the zoo's name of the network that is to be filled.
+    weights: None or "random"; a catalog name; a path; or `name=path`, a file
+      of one's own that is what the catalog describes under that name.
+
+  Returns:
+    The source. A path without a name is taken to expect ImageNet's mean and
+    standard deviation, unless it is a safetensors file that `export` wrote,
+    which says.
+
+  Raises:
+    UsageError: no such name or file, or its digest is wrong.
+  """
+  zoo.family(network)
+  if weights is None or weights == "random":
+    return Source("random")
+  text = os.fspath(weights)
+  name, is_named, path_text = text.partition("=")
+  if is_named and name in catalog.names():
+    row = catalog.find(name, network)
+    source = _source_of_row(row, pathlib.Path(path_text).expanduser())
+    if not source.sha256.startswith(row.sha256 or ""):
+      raise errors.UsageError(
+        f"{source.path}: SHA-256 is {source.sha256}, but {row.name} was"
+        f" published with {row.sha256}"
+      )
+    return source
+  path = pathlib.Path(text).expanduser()
+  if text in catalog.names() or not _is_path(weights, path):
+    row = catalog.find(text, network)
+    return _source_of_row(row, catalog.resolve(row))
+  about = _read_details(path)
+  if about.get("network", network) != network:
+    raise errors.UsageError(f"{path} holds {about['network']}, not {network}")
+  return Source(
+    path.name,
+    path,
+    _digest(path),
+    mean=_triple(path, about, "mean", catalog.IMAGENET_MEAN),
+    std=_triple(path, about, "std", catalog.IMAGENET_STD),
+    final_relu=about.get("final_relu", True) is not False,
+    licence=str(about.get("licence", "")),
+  )
+
+
+def _is_path(weights: str | os.PathLike[str], path: pathlib.Path) -> bool:
+  """Whether what is no catalog name was meant as a path."""
+  return (
+    not isinstance(weights, str)
+    or (weights != "" and path.exists())
+    or os.sep in weights
+    or path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".torch", ".bin")
+  )
+
+
+def _source_of_row(row: catalog.Row, path: pathlib.Path) -> Source:
+  return Source(
+    row.name,
+    path,
+    _digest(path),
+    row.mean,
+    row.std,
+    row.final_relu,
+    row.licence,
+  )
+
+
+def _read_details(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what `export` wrote into a file's header; {} for other files."""
+  try:
+    details = json.loads(readers.read_metadata(path).get("jaxtransfer", "{}"))
+  except ValueError:
+    details = None
+  if not isinstance(details, dict):
+    raise errors.UsageError(
+      f"{path}: its jaxtransfer header is not a JSON dict"
+    )
+  return details
+
+
+def _triple(
+  path: pathlib.Path,
+  details: Mapping[str, Any],
+  key: str,
+  default: tuple[float, float, float],
+) -> tuple[float, float, float]:
+  value = details.get(key, default)
+  try:
+    red, green, blue = (float(v) for v in value)
+  except (TypeError, ValueError):
+    raise errors.UsageError(
+      f"{path}: {key} in its header is not three numbers"
+    ) from None
+  return red, green, blue
+
+
+def _digest(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file, or of a directory's names and bytes."""
+  try:
+    if not path.is_dir():
+      return files.sha256_of(path)
+    readers.check_orbax(path)
+    digest = hashlib.sha256()
+    for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+      name = inner.relative_to(path).as_posix()
+      digest.update(f"{name}\0{files.sha256_of(inner)}\n".encode())
+    return digest.hexdigest()
+  except OSError as error:
+    raise errors.UsageError(
+      f"weights {path} cannot be read ({error.strerror})"
+    ) from None
+
+
+def read_weights(
+  source: Source,
+  network: str,
+  *,
+  until: str | None = None,
+  keep_head: bool = False,
+) -> dict[str, np.ndarray]:
+  """Reads the tensors of a (cut) network from a checkpoint, and no others.
+
+  Args:
+    source: as `resolve_weights` returns it, with a path.
+    network: the zoo's name.
+    until: the last layer kept; None for all.
+    keep_head: also return the checkpoint's own head.
+
+  Returns:
+    {torchvision name: float32 array in torch's layout}.
+
+  Raises:
+    UsageError: the file is damaged; a tensor is missing, left over, of another
+      shape, not floating point, or holds NaN or infinity.
+  """
+  family = zoo.family(network)
+  stored = readers.open_checkpoint(source.path)
+  try:
+    places = keymaps.to_torchvision(
+      {name: tensor.shape for name, tensor in stored.items()},
+      family=family,
+      network=network,
+      wanted=tensors.shapes(zoo.build(network, until=until)),
+      trunk=tensors.shapes(zoo.build(network)),
+      head=tensors.head_names(family) if keep_head else None,
+    )
+  except errors.UsageError as error:
+    raise errors.UsageError(f"{source.path}: {error}") from None
+  found = {}
+  for name, place in places.items():
+    if not jnp.issubdtype(stored[place].dtype, jnp.floating):
+      raise errors.UsageError(
+        f"{source.path}: {place} is {stored[place].dtype}, not floating point"
+      )
+    with np.errstate(over="ignore"):
+      value = stored[place].read().astype(np.float32)
+    if not np.isfinite(value).all():
+      bad = np.count_nonzero(~np.isfinite(value))
+      raise errors.UsageError(
+        f"{source.path}: {place} holds {bad:,} NaN or infinite numbers"
+        f" of {value.size:,}"
+      )
+    found[name] = value
+  return found
+
+
+def create_model(
+  name: str,
+  until: str | None = None,
+  num_classes: int | None = None,
+  keep_head: bool = False,
+  weights: str | os.PathLike[str] | Source | None = None,
+  seed: int = 0,
+  dtype: Any = jnp.float32,
+) -> Network:
+  """Creates a network, cut where asked, with pretrained or random weights.
+
+  Args:
+    name: one of `list_models()`.
+    until: the last layer kept; None for the whole network. Later layers are
+      never built and their numbers never read.
+    num_classes: width of a fresh, random linear head; None for pooled
+      features.
+    keep_head: keep the checkpoint's own head; for uncut networks.
+    weights: None for random; a catalog name (`catalog.names()`); a path to
+      safetensors, a torch file or an Orbax directory; `name=path`; or what
+      `resolve_weights` returned.
+    seed: of all that is random.
+    dtype: compute dtype; parameters stay float32.
+
+  Returns:
+    The network: `model(images)` with images (N, H, W, 3) float, normalised by
+    the weights' mean and standard deviation, gives (N, C) features or
+    (N, num_classes) logits.
+
+  Raises:
+    UsageError: no such network, layer or weights; a checkpoint that does not
+      fit; or arguments that contradict each other.
+  """
+  if not isinstance(weights, Source):
+    weights = resolve_weights(name, weights)
+  if keep_head and (num_classes is not None or until is not None):
+    raise errors.UsageError(
+      "keep_head=True keeps an uncut checkpoint's own head: drop num_classes"
+      " and until, or drop keep_head"
+    )
+  if keep_head and weights.path is None:
+    raise errors.UsageError(
+      "keep_head=True needs weights with a head; random weights have none:"
+      " give num_classes instead"
+    )
+  if num_classes is not None and num_classes < 1:
+    raise errors.UsageError(f"num_classes={num_classes}: at least 1")
+  values: dict[str, np.ndarray] = {}
+  if weights.path is not None:
+    values = read_weights(weights, name, until=until, keep_head=keep_head)
+  if keep_head:
+    weight, _ = tensors.head_names(zoo.family(name))
+    num_classes = len(values[weight])
+  model = zoo.build(
+    name,
+    until=until,
+    num_classes=num_classes,
+    dtype=dtype,
+    final_relu=weights.final_relu,
+  )
+  expected = tensors.shapes(model)
+  for tensor in tensors.head_names(zoo.family(name)) if keep_head else ():
+    if values[tensor].shape != expected[tensor]:
+      raise errors.UsageError(
+        f"{weights.path}: the head's {tensor} is {values[tensor].shape},"
+        f" needed {expected[tensor]}"
+      )
+  if expected.keys() != values.keys():
+    values = tensors.random(model, seed) | values
+  tensors.load(model, values)
+  return model
+
+
+def export(
+  model: Network,
+  path: str | os.PathLike[str],
+  details: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a network as safetensors under torchvision's names, float32.
+
+  `torch.nn.Module.load_state_dict` takes the file, and so does `weights=`
+  here, bit for bit. `details` goes into the file's header and into a JSON file
+  of the same name beside it.
+
+  Args:
+    model: the network, cut or not, with or without a head.
+    path: the `.safetensors` file to write.
+    details: what a user of the file must know, as JSON: `mean`, `std`,
+      `licence`, `classes` and the like.
+
+  Raises:
+    OSError: the directory cannot be written or the disk is full.
+    ValueError: `details` is not JSON, or holds NaN.
+  """
+  path = pathlib.Path(path)
+  about = {
+    "network": model.name,
+    "until": model.layer_names[-1],
+    "final_relu": model.relu or model.family != "densenet",
+    **(details or {}),
+  }
+  header = {
+    # What readers of torch's and the hub's safetensors files look for.
+    "format": "pt",
+    "jaxtransfer": json.dumps(about, allow_nan=False),
+  }
+  with files.atomic_path(path) as temporary:
+    save_file(tensors.dump(model), temporary, metadata=header)
+  files.write_json(path.with_suffix(".json"), about)

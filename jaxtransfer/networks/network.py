@@ -31,6 +31,7 @@ class Network(nnx.Module):
     relu: whether a ReLU follows the last layer before pooling, as after an
       uncut DenseNet's norm5.
     num_classes: width of the linear head; None for pooled features.
+    dtype: what the layers compute in.
   """
 
   def __init__(
@@ -41,9 +42,11 @@ class Network(nnx.Module):
     aliases: Mapping[str, str],
     relu: bool,
     num_classes: int | None,
+    dtype: jnp.dtype,
   ):
     self.name = name
     self.family = family
+    self.dtype = dtype
     self.layer_names = tuple(n for n, _ in layers)
     self.layers = nnx.List([layer for _, layer in layers])
     self.aliases = tuple(

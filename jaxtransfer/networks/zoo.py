@@ -172,6 +172,7 @@ def build(
       aliases,
       relu=kind == "densenet" and until is None and final_relu,
       num_classes=num_classes,
+      dtype=dtype,
     )
 
   return nnx.eval_shape(construct)

@@ -5,6 +5,7 @@ jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/l1 \
 """
 
 import importlib
+import re
 import shlex
 import signal
 import sys
@@ -36,9 +37,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for flag in (_CONFIG, _WORKDIR):
       if flag.value is None:
         raise errors.UsageError(f"--{flag.name} is missing")
+    # A config file that could not be loaded says so when it is first used.
+    configuration.job_module(_CONFIG.value.job)
     return rest
-  except (flags.Error, AttributeError, OSError, TypeError, ValueError) as e:
-    lines = [line for line in str(e).splitlines() if line.strip()]
+  except (KeyError, AttributeError) as e:
+    # ml_collections quotes the unknown key, twice over, and the nearest.
+    near = re.search(r"Did you mean \"(\w+)\"", str(e))
+    unknown = re.search(r"\w+", str(e))
+    _fail(
+      f"the config has no key {unknown[0] if unknown else e!r}"
+      + (f"; did you mean {near[1]}?" if near else ""),
+      USAGE,
+    )
+  except (flags.Error, OSError, TypeError, ValueError) as e:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     _fail(lines[-1].removeprefix("jaxtransfer.errors.UsageError: "), USAGE)
 
 

@@ -1,0 +1,96 @@
+"""The command line: one line and the right exit code for every mistake."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = f"--config={ROOT / 'configs' / 'layers.py'}:resnet18"
+
+
+def _run(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "jaxtransfer.main", *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["--workdir=w"], "--config is missing"),
+    ([CONFIG], "--workdir is missing"),
+    ([CONFIG, "--workdir=w", "--config.tolerence=0.1"], "tolerance"),
+    ([CONFIG, "--workdir=w", "--config.data.sourse=x"], "source"),
+    ([CONFIG, "--workdir=w", "--config.seeds=many"], "many"),
+    ([CONFIG, "--workdir=w", "--wrkdir=x"], "wrkdir"),
+    ([CONFIG, "--workdir=w", "layers"], "'layers'"),
+    (["--config=no/such.py", "--workdir=w"], "no/such.py"),
+    ([CONFIG, "--workdir=w", "--config.job=layer"], "layer"),
+    ([CONFIG, "--workdir=w", "--config.data="], "config.data.source"),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(arguments, says, tmp_path):
+  """Found before JAX is imported where it can be, and never a traceback."""
+  arguments = [
+    a.replace("--workdir=w", f"--workdir={tmp_path}") for a in arguments
+  ]
+  done = _run(*arguments)
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and says in lines[0], done.stderr
+
+
+def test_the_short_form_of_the_source_means_the_key(tmp_path):
+  """`--config.data=x` is how people write it."""
+  done = _run(CONFIG, f"--workdir={tmp_path}", "--config.data=/no/such.csv")
+  assert done.returncode == 2 and "/no/such.csv" in done.stderr
+
+
+def test_a_finished_directory_says_so_and_is_left_alone(tmp_path):
+  """results.json is written last, so it is the sign."""
+  (tmp_path / "results.json").write_text("{}")
+  done = _run(CONFIG, f"--workdir={tmp_path}")
+  assert done.returncode == 0 and "is finished" in done.stdout
+
+
+def test_a_workdir_that_cannot_be_made_is_a_mistake_in_the_flag(tmp_path):
+  """A file stands where the directory should be."""
+  (tmp_path / "file").write_text("")
+  done = _run(CONFIG, f"--workdir={tmp_path / 'file'}")
+  assert done.returncode == 2
+  assert "--workdir" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("number", "code", "says"),
+  [
+    (signal.SIGTERM, 143, "the same command resumes"),
+    (signal.SIGINT, 130, "the same command resumes"),
+  ],
+)
+def test_a_signal_ends_a_run_with_its_code(tmp_path, number, code, says):
+  """Sent once the job has begun: no traceback, and the way to go on."""
+  arguments = [
+    f"--config={ROOT / 'configs' / 'quickstart.py'}",
+    f"--workdir={tmp_path / 'run'}",
+  ]
+  with subprocess.Popen(
+    [sys.executable, "-m", "jaxtransfer.main", *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    while not (tmp_path / "run" / "config.json").exists():
+      assert process.poll() is None, process.stderr.read()
+      time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate()
+  assert process.returncode == code, errors
+  assert says in errors and "Traceback" not in errors

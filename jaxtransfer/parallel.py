@@ -93,5 +93,41 @@ class Devices:
       out_shardings=self._split,
     )
 
+  def compile_step(self, function: Callable[[Any, Any], Any]) -> Callable:
+    """Compiles `function(state, batch) -> (state, metrics)`, one training step.
+
+    With jit as with pmap every device runs the function on its own part of the
+    batch, and the axis "data" joins them: what the function returns must be
+    equal on all of them (`lax.psum`, `lax.pmean`). So both modes are the same
+    program with the same choice between statistics of one device and of all.
+
+    Args:
+      function: pure.
+
+    Returns:
+      A function of (replicated state, batch as `put` returns it); the state
+      given to it is donated and must not be used again.
+    """
+    if self.mode == "pmap":
+      return jax.pmap(
+        function,
+        "data",
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=self.devices,
+        donate_argnums=0,
+      )
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    mapped = jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=(whole, split),
+      out_specs=(whole, whole),
+      # As in pmap: a gradient is that of the device's own loss until it is
+      # summed in so many words.
+      check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
   def _by_device(self, x: np.ndarray) -> np.ndarray:
     return x.reshape(len(self.devices), -1, *x.shape[1:])

@@ -41,7 +41,7 @@ class Stem(nnx.Module):
     self.conv0 = layers.Conv(3, channels, 7, stride=2, dtype=dtype)
     self.norm0 = layers.BatchNorm(channels, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     x_NHWC = jax.nn.relu(self.norm0(self.conv0(x_NHWC), train))
     return layers.max_pool(x_NHWC)
 
@@ -60,7 +60,7 @@ class DenseLayer(nnx.Module):
     self.norm2 = layers.BatchNorm(4 * growth, dtype=dtype)
     self.conv2 = layers.Conv(4 * growth, growth, 3, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     y_NHWC = self.conv1(jax.nn.relu(self.norm1(x_NHWC, train)))
     y_NHWC = self.conv2(jax.nn.relu(self.norm2(y_NHWC, train)))
     return jnp.concatenate([x_NHWC.astype(y_NHWC.dtype), y_NHWC], axis=-1)
@@ -77,7 +77,7 @@ class Transition(nnx.Module):
     self.norm = layers.BatchNorm(channels_in, dtype=dtype)
     self.conv = layers.Conv(channels_in, self.channels, 1, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     x_NHWC = jax.nn.relu(self.norm(x_NHWC, train))
     # Both are linear, so the order is free: pooled first, the convolution has
     # a quarter of the pixels.
@@ -95,7 +95,7 @@ class FinalNorm(nnx.Module):
     self.channels = channels
     self.norm5 = layers.BatchNorm(channels, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     return self.norm5(x_NHWC, train)
 
   def macs(self, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:

@@ -80,6 +80,10 @@ class BatchNorm(nnx.Module):
   Args:
     channels: the last axis of the input.
     dtype: dtype of the output; statistics and the normalising are float32.
+
+  `train` of a call is False for the running statistics, True for those of the
+  batch at hand, or the name of a mapped axis for those of the batch that its
+  devices hold together.
   """
 
   def __init__(self, channels: int, *, dtype: jnp.dtype = jnp.float32):
@@ -89,13 +93,14 @@ class BatchNorm(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros((channels,)))
     self.var = nnx.BatchStat(jnp.zeros((channels,)))
 
-  def __call__(self, x_NHWC: jax.Array, train: bool = False) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str = False) -> jax.Array:
     x_NHWC = x_NHWC.astype(jnp.float32)
     if train:
-      mean = x_NHWC.mean((0, 1, 2))
+      axis = train if isinstance(train, str) else ()
+      mean = lax.pmean(x_NHWC.mean((0, 1, 2)), axis)
       # Two passes: E[x^2] - E[x]^2 cancels where the mean is far from zero.
-      var = jnp.square(x_NHWC - mean).mean((0, 1, 2))
-      count = x_NHWC.size // x_NHWC.shape[-1]
+      var = lax.pmean(jnp.square(x_NHWC - mean).mean((0, 1, 2)), axis)
+      count = x_NHWC.size // x_NHWC.shape[-1] * lax.psum(1, axis)
       unbiased = var * (count / max(count - 1, 1))
       self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
       self.var[...] = 0.9 * self.var[...] + 0.1 * unbiased

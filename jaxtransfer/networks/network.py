@@ -32,6 +32,8 @@ class Network(nnx.Module):
       uncut DenseNet's norm5.
     num_classes: width of the linear head; None for pooled features.
     dtype: what the layers compute in.
+    flatten: side in pixels of the images whose whole last map the head reads;
+      None for a head on the pooled features.
   """
 
   def __init__(
@@ -43,6 +45,7 @@ class Network(nnx.Module):
     relu: bool,
     num_classes: int | None,
     dtype: jnp.dtype,
+    flatten: int | None = None,
   ):
     self.name = name
     self.family = family
@@ -56,25 +59,37 @@ class Network(nnx.Module):
     )
     self.relu = relu
     self.channels = layers[-1][1].channels
+    self.flatten = flatten
+    height, width = (1, 1) if flatten is None else self._map_size(flatten)
     self.head = (
-      None if num_classes is None else heads.Linear(self.channels, num_classes)
+      None
+      if num_classes is None
+      else heads.Linear(self.channels * height * width, num_classes)
     )
 
-  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+  def __call__(
+    self, images: jax.Array, *, train: bool | str = False, frozen: int = 0
+  ) -> jax.Array:
     """Returns pooled features, or logits where the network has a head.
 
     Args:
       images: (N, H, W, 3) float, normalised.
-      train: normalise with the batch's statistics and update the running ones.
+      train: normalise with the batch's statistics and update the running ones;
+        the name of a mapped axis takes those of the batch over all its devices.
+      frozen: how many of the first layers run as in inference all the same.
 
     Returns:
       (N, channels) or (N, num_classes) float32.
     """
     x_NHWC = images
-    for layer in self.layers:
-      x_NHWC = layer(x_NHWC, train)
+    for i, layer in enumerate(self.layers):
+      x_NHWC = layer(x_NHWC, train if i >= frozen else False)
     if self.relu:
       x_NHWC = jax.nn.relu(x_NHWC)
+    if self.head is not None and self.flatten is not None:
+      # In torch's order, channels first: the head's numbers are then torch's.
+      x_NCHW = x_NHWC.transpose(0, 3, 1, 2)
+      return self.head(x_NCHW.reshape(len(x_NCHW), -1))
     features = average(x_NHWC)
     return features if self.head is None else self.head(features)
 
@@ -113,6 +128,12 @@ class Network(nnx.Module):
         outputs[name] = average(x_NHWC) if pool else x_NHWC
         missing.remove(name)
     return {tap: outputs[name] for tap, name in wanted.items()}
+
+  def _map_size(self, side: int) -> tuple[int, int]:
+    size = (side, side)
+    for layer in self.layers:
+      size = layer.macs(size)[1]
+    return size
 
   def resolve(self, tap: str) -> str:
     """Returns the layer a tap names: itself, or the last layer of a stage.

@@ -51,7 +51,7 @@ class Stem(nnx.Module):
     self.conv1 = layers.Conv(3, 64, 7, stride=2, dtype=dtype)
     self.bn1 = layers.BatchNorm(64, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     x_NHWC = jax.nn.relu(self.bn1(self.conv1(x_NHWC), train))
     return layers.max_pool(x_NHWC)
 
@@ -71,7 +71,7 @@ class Downsample(nnx.Module):
     )
     self.bn = layers.BatchNorm(channels_out, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     return self.bn(self.conv(x_NHWC), train)
 
 
@@ -117,7 +117,7 @@ class Block(nnx.Module):
       else None
     )
 
-  def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
     y_NHWC = x_NHWC
     for i in range(1, self.depth + 1):
       y_NHWC = getattr(self, f"conv{i}")(y_NHWC)

@@ -125,7 +125,8 @@ def random(model: Network, seed: int) -> dict[str, np.ndarray]:
       std = np.sqrt(2 / (fan * shape[2] * shape[3]))
       value = generator.standard_normal(shape) * std
     elif name in head and (len(shape) == 2 or model.family == "resnet"):
-      value = generator.uniform(-1, 1, shape) / np.sqrt(model.channels)
+      fan = model.head.kernel.shape[0]
+      value = generator.uniform(-1, 1, shape) / np.sqrt(fan)
     else:
       # Normalisation begins as the identity, DenseNet's head without bias.
       ones = name.endswith(("weight", "running_var"))

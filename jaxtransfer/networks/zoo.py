@@ -132,6 +132,7 @@ def build(
   num_classes: int | None = None,
   dtype: jnp.dtype = jnp.float32,
   final_relu: bool = True,
+  flatten: int | None = None,
 ) -> Network:
   """Builds a network without values: every variable holds a shape only.
 
@@ -142,6 +143,8 @@ def build(
     dtype: compute dtype; parameters are float32.
     final_relu: whether an uncut DenseNet ends in torchvision's ReLU. Some
       published histology networks pool norm5 without it.
+    flatten: side of the images whose whole last map the head reads, pixels;
+      None for a head on the pooled features.
 
   Returns:
     The network; `tensors.load` gives it values.
@@ -173,6 +176,7 @@ def build(
       relu=kind == "densenet" and until is None and final_relu,
       num_classes=num_classes,
       dtype=dtype,
+      flatten=flatten,
     )
 
   return nnx.eval_shape(construct)

@@ -1,0 +1,349 @@
+"""Which rows train, choose and test: by group, balanced by label, seeded."""
+
+import collections
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxtransfer import files
+from jaxtransfer.errors import UsageError
+
+SPLITS = ("train", "val", "test")
+
+
+def make_splits(
+  labels: np.ndarray,
+  groups: Sequence[str] | None,
+  given: Sequence[str] | None = None,
+  fractions: Sequence[float] = (0.6, 0.2, 0.2),
+  seed: int = 0,
+) -> dict[str, np.ndarray]:
+  """Divides rows into train, val and test.
+
+  Rows of one group stay together, every label is divided by `fractions` as
+  nearly as the groups allow; a label with three groups or more is in all three
+  unless groups of several labels stand against it. Splits that the source
+  gives are used as they are; a val or test that it does not give is carved out
+  of its train in the same way.
+
+  Args:
+    labels: (N,) int, the class of every row.
+    groups: N names, or None: every row is a group of its own.
+    given: N of "train", "val", "test", or None.
+    fractions: shares of train, val and test; they sum to one.
+    seed: another seed is another draw.
+
+  Returns:
+    Sorted row indices, (n,) int64 each, of train, val and test. A split whose
+    fraction is zero is empty unless it is given.
+
+  Raises:
+    UsageError: fractions that are no fractions, or a given split without a
+      train.
+  """
+  wanted = dict(zip(SPLITS, fractions, strict=False))
+  if (
+    len(fractions) != len(SPLITS)
+    or min(fractions) < 0
+    or fractions[0] <= 0
+    or abs(sum(fractions) - 1) > 1e-6
+  ):
+    raise UsageError(
+      f"config.data.split_fractions is {tuple(fractions)}; it must be the"
+      " shares of train, val and test and sum to one, train above zero"
+    )
+  labels = np.asarray(labels)
+  if given is None:
+    splits = {name: np.empty(0, np.int64) for name in SPLITS}
+    splits["train"] = np.arange(len(labels))
+  else:
+    names = np.asarray(given)
+    splits = {name: np.flatnonzero(names == name) for name in SPLITS}
+    if not len(splits["train"]):
+      raise UsageError(
+        "no row of the given splits is train; give some or give none"
+      )
+  carved = ["train"] + [n for n in SPLITS[1:] if not len(splits[n])]
+  shares = np.array([wanted[name] for name in carved])
+  rows = splits["train"]
+  part = _divide(
+    labels[rows],
+    None if groups is None else [groups[row] for row in rows],
+    shares / shares.sum(),
+    seed,
+  )
+  for i, name in enumerate(carved):
+    splits[name] = rows[part == i]
+  return splits
+
+
+def k_folds(
+  labels: np.ndarray, groups: Sequence[str] | None, k: int, seed: int = 0
+) -> np.ndarray:
+  """Divides rows into k folds of equal size, by group, balanced by label.
+
+  Args:
+    labels: (N,) int, the class of every row.
+    groups: N names, or None: every row is a group of its own.
+    k: how many folds.
+    seed: another seed is another draw.
+
+  Returns:
+    (N,) int32, the fold of every row, 0 to k-1.
+
+  Raises:
+    UsageError: fewer groups than folds.
+  """
+  count = len(labels) if groups is None else len(set(groups))
+  if not 2 <= k <= count:
+    raise UsageError(
+      f"{k} folds of {count} groups; from 2 to the number of groups"
+    )
+  return _divide(np.asarray(labels), groups, np.full(k, 1 / k), seed)
+
+
+def _divide(
+  labels: np.ndarray,
+  groups: Sequence[str] | None,
+  shares: np.ndarray,
+  seed: int,
+) -> np.ndarray:
+  """Assigns every group to one of the parts: (N,) int32."""
+  rng = np.random.default_rng(seed)
+  n = len(labels)
+  if groups is None:
+    group = np.arange(n)
+  else:
+    # Numbered by first appearance, so that a group's name has no influence.
+    number: dict[str, int] = {}
+    group = np.fromiter(
+      (number.setdefault(name, len(number)) for name in groups), np.int64, n
+    )
+  sizes = np.bincount(group)
+  totals = np.bincount(labels)
+  # (label, rows) of every group, from one sort of the pairs. A table of groups
+  # by labels would be 24 GB for 300,000 rows of 10,000 classes.
+  pairs, counts = np.unique(group * len(totals) + labels, return_counts=True)
+  contents: list[list[tuple[int, int]]] = [[] for _ in sizes]
+  for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+    label = pair % len(totals)
+    contents[pair // len(totals)].append((label, count))
+
+  # Few groups are hard to balance and cheap to draw again.
+  draws = 1 if len(sizes) > 10_000 else 20
+  best, best_cost = np.empty(0, np.int32), np.inf
+  for _ in range(draws):
+    # Large groups come early, or they would not fit in; were the order by size
+    # alone, every seed would give the same parts.
+    order = np.argsort(-sizes * np.exp(rng.random(len(sizes))), kind="stable")
+    part_of_group, have = _fill(order, sizes, contents, totals, shares)
+    seen = totals > 0
+    absent = (have[:, seen] == 0) & (shares > 0)[:, None]
+    cost = (
+      np.square(have[:, seen] / totals[seen] - shares[:, None]).sum()
+      + absent.sum()
+      + len(totals) * len(shares) * absent[0].sum()  # of train: unusable
+    )
+    if cost < best_cost:
+      best, best_cost = part_of_group, cost
+  return best[group]
+
+
+def _fill(
+  order: np.ndarray,
+  sizes: np.ndarray,
+  contents: list[list[tuple[int, int]]],
+  totals: np.ndarray,
+  shares: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Gives each group in turn to the part that lacks most of what it has.
+
+  A part without any of a label goes before the others. Linear in the number
+  of (group, label) pairs.
+
+  Source: iterative stratification, Sechidis et al. 2011, for groups.
+
+  Args:
+    order: (G,) the groups, first to last.
+    sizes: (G,) rows of each group.
+    contents: (label, rows) pairs of each group.
+    totals: (L,) rows of each label.
+    shares: (P,) share of each part, which sum to one.
+
+  Returns:
+    The part of each group, (G,) int32, and the rows of each label in each
+    part, (P, L).
+  """
+  n = int(sizes.sum())
+  share_of = shares.tolist()
+  parts = [part for part, share in enumerate(share_of) if share > 0]
+  total_of, size_of = totals.tolist(), sizes.tolist()
+  have = [[0] * len(total_of) for _ in share_of]
+  rows_in = [0] * len(share_of)
+  part_of_group = np.empty(len(sizes), np.int32)
+  for g in order.tolist():
+    best, best_need = parts[0], (-np.inf, -np.inf)
+    for part in parts:
+      need, share, mine = 0.0, share_of[part], have[part]
+      for label, count in contents[g]:
+        total = total_of[label]
+        lacking = share - mine[label] / total
+        need += count / total * (lacking if mine[label] else lacking + 1)
+      # Labels decide, and the part's size between equals: that is what keeps
+      # the shares where labels have too few groups to.
+      key = (round(need, 12), share - rows_in[part] / n)
+      if key > best_need:
+        best, best_need = part, key
+    part_of_group[g] = best
+    rows_in[best] += size_of[g]
+    mine = have[best]
+    for label, count in contents[g]:
+      mine[label] += count
+  return part_of_group, np.array(have)
+
+
+def few_shot(
+  rows: np.ndarray,
+  labels: np.ndarray,
+  groups: Sequence[str] | None,
+  per_class: int,
+  seed: int = 0,
+) -> np.ndarray:
+  """Keeps `per_class` rows of every class, from as many groups as possible.
+
+  With the same seed, fewer shots are a part of more shots.
+
+  Args:
+    rows: (n,) int, the rows to choose from.
+    labels: (N,) int, the class of every row of the source.
+    groups: N names, or None.
+    per_class: how many of each class; a class with fewer gives all it has.
+    seed: another seed is another draw.
+
+  Returns:
+    Sorted row indices, int64.
+  """
+  rng = np.random.default_rng(seed)
+  rows = rng.permutation(np.sort(np.asarray(rows, np.int64)))
+  taken: collections.Counter[tuple[int, str]] = collections.Counter()
+  turn = np.zeros(len(rows), np.int64)  # the how-manieth of its group and class
+  for i, row in enumerate(rows.tolist()):
+    key = (int(labels[row]), groups[row] if groups is not None else str(row))
+    turn[i] = taken[key]
+    taken[key] += 1
+  classes = np.asarray(labels)[rows]
+  order = np.lexsort((turn, classes))
+  rows, classes = rows[order], classes[order]
+  starts = np.searchsorted(classes, classes)
+  return np.sort(rows[np.arange(len(rows)) - starts < per_class])
+
+
+def check_splits(
+  splits: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  groups: Sequence[str] | None,
+  names: Sequence[str],
+  classes: Sequence[str],
+) -> list[str]:
+  """Checks that splits can be used; run it at every start, given or drawn.
+
+  Args:
+    splits: row indices of every split.
+    labels: (N,) int, the class of every row.
+    groups: N names, or None.
+    names: N names of the rows.
+    classes: names of the classes.
+
+  Returns:
+    Warnings, a line each: classes that val or test lack.
+
+  Raises:
+    UsageError: a row or a group in two splits, or a class that train lacks.
+  """
+  _check_disjoint(splits, names, "the image")
+  if groups is not None:
+    _check_disjoint(splits, groups, "the group")
+  warnings = []
+  for split, rows in splits.items():
+    counts = np.bincount(np.asarray(labels)[rows], minlength=len(classes))
+    absent = [classes[c] for c in np.flatnonzero(counts == 0)]
+    if not absent:
+      continue
+    shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+    if split == "train":
+      raise UsageError(
+        f"the train split has no image of {len(absent)} of {len(classes)}"
+        f" classes: {shown}; leave them out or change the splits"
+      )
+    if len(rows):
+      warnings.append(
+        f"the {split} split has no image of {len(absent)} of {len(classes)}"
+        f" classes: {shown}; its scores leave them out"
+      )
+  return warnings
+
+
+def _check_disjoint(
+  splits: Mapping[str, np.ndarray], names: Sequence[str], what: str
+) -> None:
+  owner: dict[str, str] = {}
+  for split, rows in splits.items():
+    for row in rows.tolist():
+      other = owner.setdefault(names[row], split)
+      if other != split:
+        raise UsageError(
+          f"{what} {names[row]} is in both {other} and {split}: the scores"
+          " would be those of images already seen; put it in one"
+        )
+
+
+def save_splits(
+  path: str | os.PathLike[str],
+  splits: Mapping[str, np.ndarray],
+  names: Sequence[str],
+) -> None:
+  """Writes splits.json: the names of all rows and the rows of every split.
+
+  Args:
+    path: the file, written atomically.
+    splits: row indices of every split.
+    names: N names of the rows, by which a changed source is known again.
+  """
+  value = {split: rows.tolist() for split, rows in splits.items()}
+  files.write_json(path, {**value, "names": list(names)})
+
+
+def load_splits(
+  path: str | os.PathLike[str], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """Reads splits.json back, for the same rows in the same order.
+
+  Args:
+    path: the file.
+    names: N names of the rows of the source as it is now.
+
+  Returns:
+    Row indices of every split.
+
+  Raises:
+    UsageError: the file is damaged, or the source has changed since.
+  """
+  try:
+    with open(path, encoding="utf-8") as f:
+      value = json.load(f)
+    saved = value.pop("names")
+    splits = {k: np.array(rows, np.int64) for k, rows in value.items()}
+  except (OSError, ValueError, KeyError, AttributeError) as e:
+    raise UsageError(f"{path}: not a splits.json ({e}); remove it") from e
+  names = list(names)
+  if saved != names:
+    old, new = set(saved), set(names)
+    example = next(iter(sorted(old ^ new)), "the order of rows")
+    raise UsageError(
+      f"{path}: the source has changed since: {len(new - old)} images are"
+      f" new, {len(old - new)} gone ({example}); use another workdir, or"
+      " remove the file to draw new splits"
+    )
+  return splits

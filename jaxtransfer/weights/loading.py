@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jaxtransfer import errors, files
 from jaxtransfer.networks import tensors, zoo
@@ -319,5 +319,5 @@ def export(
     "jaxtransfer": json.dumps(about, allow_nan=False),
   }
   with files.atomic_path(path) as temporary:
-    save_file(tensors.dump(model), temporary, metadata=header)
+    temporary.write_bytes(save(tensors.dump(model), metadata=header))
   files.write_json(path.with_suffix(".json"), about)

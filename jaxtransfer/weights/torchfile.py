@@ -10,13 +10,14 @@ refused by that name.
 import dataclasses
 import io
 import math
+import mmap
 import pathlib
 import pickletools
 import posixpath
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +32,18 @@ ZIP_MAGIC = b"PK\x03\x04"
 _MAX_OPCODES = 3_000_000
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_AXES = 8
+
+# What zipfile raises over damaged directories, names and entries.
+_ZIP_ERRORS = (
+  zipfile.BadZipFile,
+  EOFError,
+  LookupError,
+  NotImplementedError,
+  OSError,
+  RuntimeError,
+  ValueError,
+  struct.error,
+)
 
 _DTYPES: dict[str, Any] = {
   "float64": "<f8",
@@ -177,8 +190,8 @@ def read_torch_file(path: pathlib.Path) -> dict[str, StoredTensor]:
     is_zip = f.read(4) == ZIP_MAGIC
   try:
     tree, read_storage = _open_zip(path) if is_zip else _open_legacy(path)
-    if isinstance(tree, _View):
-      raise _Refused("holds one tensor without a name, not a state dict")
+    if not isinstance(tree, dict):
+      raise _Refused("holds no dict of tensors")
     return {
       name: _stored(path, view, read_storage)
       for name, view in _tensors_of(tree).items()
@@ -244,7 +257,7 @@ def _open_zip(
 ) -> tuple[Any, Callable[[_Storage], bytes]]:
   try:
     archive = zipfile.ZipFile(path)
-  except zipfile.BadZipFile:
+  except _ZIP_ERRORS:
     raise _Refused(
       f"cut short or damaged: a zip without its directory, after"
       f" {path.stat().st_size:,} bytes; get the file again"
@@ -326,7 +339,7 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
   try:
     with archive.open(entry) as f:
       data = f.read()
-  except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+  except _ZIP_ERRORS as error:
     what = "wrong checksum" if "CRC" in str(error) else "damaged"
     raise _Refused(
       f"{_printable(entry.filename)}: {what}; get the file again"
@@ -352,7 +365,12 @@ def _open_legacy(
       raise _Refused("a storage's view is larger than the storage")
     return dataclasses.replace(storage, start=start)
 
-  with open(path, "rb") as f:
+  # Mapped, because a file's `read` would first allocate whatever length a
+  # damaged pickle claims.
+  with (
+    open(path, "rb") as whole,
+    mmap.mmap(whole.fileno(), 0, access=mmap.ACCESS_READ) as f,
+  ):
     _interpret(f, persistent)
     if _interpret(f, persistent) != 1001:
       raise _Refused("an unknown version of torch's old format")
@@ -374,8 +392,10 @@ def _open_legacy(
       if numel * _itemsize(storages[key].dtype) != storages[key].nbytes:
         raise _Refused(f"damaged: storage {_printable(key)} has another size")
       places[key] = f.tell()
+      if f.tell() + storages[key].nbytes > len(f):
+        raise _Refused("cut short; get the file again")
       f.seek(storages[key].nbytes, 1)
-    if f.tell() > path.stat().st_size or places.keys() != storages.keys():
+    if places.keys() != storages.keys():
       raise _Refused("cut short; get the file again")
 
   def read_storage(storage: _Storage) -> bytes:
@@ -583,7 +603,9 @@ def _printable(text: str) -> str:
 _MARK = object()
 
 
-def _interpret(stream: BinaryIO, persistent: Callable[[Any], _Storage]) -> Any:
+def _interpret(
+  stream: io.BytesIO | mmap.mmap, persistent: Callable[[Any], _Storage]
+) -> Any:
   """Evaluates one pickle by the rules of this file.
 
   Args:

@@ -388,22 +388,29 @@ def _interrupts_deferred() -> Iterator[None]:
       signal.raise_signal(signal.SIGINT)
 
 
-class Prefetched(grain.DatasetIterator):
-  """Batches sent to devices before they are asked for.
-
-  Its state is that of the last batch it gave, not of the last one sent.
+def prefetch(
+  source: Batches, put: Callable[[Batch], Any], depth: int = 2
+) -> "Prefetched":
+  """Sends batches to devices before they are asked for.
 
   Args:
-    source: the batches; closed with this.
+    source: the batches; closed with the result.
     put: what sends one and is given on, e.g.
       `lambda batch: jax.device_put(batch, sharding)`; it must not wait for the
       transfer.
     depth: how many are under way beside the one in use.
-  """
 
-  def __init__(
-    self, source: Batches, put: Callable[[Batch], Any], depth: int = 2
-  ):
+  Returns:
+    An iterator of what `put` returned. Its state is that of the last batch it
+    gave, not of the last one sent.
+  """
+  return Prefetched(source, put, depth)
+
+
+class Prefetched(grain.DatasetIterator):
+  """The iterator that `prefetch` makes."""
+
+  def __init__(self, source: Batches, put: Callable[[Batch], Any], depth: int):
     super().__init__()
     self._source = source
     self._put = put

@@ -1,0 +1,99 @@
+"""What running a network costs here: images per second and memory."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """How fast a program ran.
+
+  Attributes:
+    median: images per second, the median over the repeats.
+    low: its lower quartile.
+    high: its upper quartile.
+    repeats: how many times it was run and timed.
+  """
+
+  median: float
+  low: float
+  high: float
+  repeats: int
+
+
+def measure_forward(
+  program: Callable[..., Any],
+  args: Sequence[Any],
+  images: int,
+  repeats: int = 10,
+) -> Speed:
+  """Times a program, each run up to the moment its result is there.
+
+  Args:
+    program: what to call, best compiled already.
+    args: its arguments, best on the device already.
+    images: how many images one call works on.
+    repeats: how many calls are timed. Two more go before them, untimed: the
+      first may compile, the second finds caches and allocator warm.
+
+  Returns:
+    The speed; the quartiles show how calm the machine was.
+
+  Raises:
+    ValueError: images or repeats below 1.
+  """
+  if images < 1 or repeats < 1:
+    raise ValueError(
+      f"images and repeats must be 1 or more, got {images} and {repeats}"
+    )
+  for _ in range(2):
+    jax.block_until_ready(program(*args))
+  seconds = np.empty(repeats)
+  for i in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(program(*args))
+    seconds[i] = time.perf_counter() - start
+  low, median, high = np.quantile(images / seconds, [0.25, 0.5, 0.75])
+  return Speed(float(median), float(low), float(high), repeats)
+
+
+def peak_memory(compiled: jax.stages.Compiled) -> int | None:
+  """Returns the bytes a compiled program holds at most, by the compiler's plan.
+
+  Arguments (parameters and images), results and temporary buffers, less what
+  they share, on one device. It is a plan and not a measurement, and so the
+  same in every run; what libraries allocate for themselves is not in it.
+
+  Args:
+    compiled: of `jax.jit(f).lower(...).compile()`.
+
+  Returns:
+    Bytes; None where the platform does not tell.
+  """
+  plan = compiled.memory_analysis()
+  if plan is None:
+    return None
+  return int(
+    plan.argument_size_in_bytes
+    + plan.output_size_in_bytes
+    + plan.temp_size_in_bytes
+    - plan.alias_size_in_bytes
+  )
+
+
+def allocated_peak(device: jax.Device) -> int | None:
+  """Returns the most bytes ever in use on a device since the process began.
+
+  Args:
+    device: of `jax.devices()`.
+
+  Returns:
+    Bytes; None where the platform keeps no account, as the CPU.
+  """
+  statistics = device.memory_stats()
+  return None if not statistics else statistics.get("peak_bytes_in_use")

@@ -298,7 +298,7 @@ def draw_bars(axis: Axes, series: Series) -> None:
   axis.bar(
     x,
     value,
-    width=0.7,
+    width=_bar_width(len(x)),
     color=[BLUE if s else PALE_BLUE for s in sure],
     edgecolor=BLUE,
     linewidth=0.8 if len(x) <= 40 else 0.3,
@@ -315,6 +315,11 @@ def draw_bars(axis: Axes, series: Series) -> None:
   axis.axhline(0, color=INK, linewidth=0.8)
 
 
+def _bar_width(taps: int) -> float:
+  """Returns the width at which few bars do not become walls."""
+  return min(0.7, 0.1 * (taps + 1))
+
+
 def draw_cost(axis: Axes, values: np.ndarray, label: str) -> None:
   """Draws a cost along depth as plain bars.
 
@@ -324,7 +329,10 @@ def draw_cost(axis: Axes, values: np.ndarray, label: str) -> None:
     label: its name.
   """
   axis.bar(
-    np.arange(len(values)), np.nan_to_num(values), width=0.7, color="#B5B5B5"
+    np.arange(len(values)),
+    np.nan_to_num(values),
+    width=_bar_width(len(values)),
+    color="#B5B5B5",
   )
   axis.set_ylabel(label)
   axis.yaxis.set_major_formatter(_QUANTITY)

@@ -39,9 +39,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
     where that needs a reason it is given.
   """
   metric = _metric(summary)
-  probe = PROBES.get(summary.get("probe"), str(summary.get("probe")))
-  interval = summary.get("interval")
-  interval = f" Intervals: {interval}." if interval else ""
+  probe = _probe(summary.get("probe"))
   drawn = {
     name: draw(summary, measurements)
     for name, draw in (
@@ -64,9 +62,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
         picture(
           "curve",
           f"Test {metric} of a {probe} probe at every tap",
-          "Shallow taps stand left. Bands are intervals; the thin grey "
-          "lines are single random networks, the dashed line their "
-          "mean. Below, what the network cut at that tap costs." + interval,
+          _reading(summary, measurements),
         ),
         picture(
           "rule",
@@ -124,11 +120,27 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
   kept = [
     Section(s.heading, [block for block in s.blocks if block]) for s in sections
   ]
-  network, data = summary.get("network"), summary.get("data")
-  return Content(
-    f"What every layer of {network} is worth on {data}",
-    [section for section in kept if section.blocks],
-  )
+  network = summary.get("network") or "the network"
+  title = f"What every layer of {network} is worth"
+  if data := summary.get("data"):
+    title += f" on {tables.shorten(str(data))}"
+  return Content(title, [section for section in kept if section.blocks])
+
+
+def _reading(summary: Mapping[str, Any], measurements: Measurements) -> str:
+  """Returns how the first figure is read, saying only what stands in it."""
+  words = "Shallow taps stand left. Bands are intervals"
+  if _scores(summary, measurements, weights=_RANDOM).measured:
+    words += (
+      "; the thin grey lines are single random networks, the dashed line their "
+      "mean"
+    )
+  words += "."
+  if _costs(summary, measurements):
+    words += " Below, what the network cut at that tap costs."
+  if interval := summary.get("interval"):
+    words += f" Intervals: {interval}."
+  return words
 
 
 def curve(
@@ -147,11 +159,7 @@ def curve(
   pretrained = _scores(summary, measurements)
   if not pretrained.measured:
     return None
-  costs = [
-    (measurements.cost(taps, metric), label)
-    for metric, label in (("macs", "MACs"), ("params", "parameters"))
-  ]
-  costs = [(cost, label) for cost, label in costs if np.isfinite(cost).any()]
+  costs = _costs(summary, measurements)
   with figures.style():
     figure, (main, *panels) = figures.depth_panels(
       taps, [2.9] + [0.75] * len(costs), _marks(summary)
@@ -165,6 +173,17 @@ def curve(
     figure.align_ylabels()
     figures.legend(figure, main)
   return figure
+
+
+def _costs(
+  summary: Mapping[str, Any], measurements: Measurements
+) -> list[tuple[np.ndarray, str]]:
+  """Returns the costs that were measured, each with its name."""
+  costs = [
+    (measurements.cost(summary["taps"], metric), label)
+    for metric, label in (("macs", "MACs"), ("params", "parameters"))
+  ]
+  return [(cost, label) for cost, label in costs if np.isfinite(cost).any()]
 
 
 def rule(
@@ -278,7 +297,7 @@ def probes(
     The figure, or None where no score was measured.
   """
   found = measurements.values_of(
-    "probe", metric=summary.get("metric"), split="test"
+    "probe", measured=True, metric=summary.get("metric"), split="test"
   )
   found.sort(key=lambda p: list(PROBES).index(p) if p in PROBES else 99)
   if not found:
@@ -294,7 +313,7 @@ def probes(
     )
     for i, (axis, probe) in enumerate(zip(axes, found, strict=True)):
       _pretrained_and_random(summary, measurements, axis, probe)
-      axis.set_title(PROBES.get(probe, str(probe)))
+      axis.set_title(_probe(probe))
       if i % columns == 0:
         axis.set_ylabel(f"test {_metric(summary)}")
     for axis in axes:
@@ -374,7 +393,7 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
     for j in range(len(header))
     if j < 2 or any(row[j] != tables.ABSENT for row in rows)
   ]
-  words = f"Probe: {PROBES.get(probe, probe)}. Intervals in brackets."
+  words = f"Probe: {_probe(probe)}. Intervals in brackets."
   if spread.measured:
     words += " s.d.: the spread over random networks."
   if taps:
@@ -417,8 +436,12 @@ def _times(value: float, full: float) -> str:
 
 
 def _metric(summary: Mapping[str, Any]) -> str:
-  name = str(summary.get("metric"))
+  name = str(summary.get("metric") or "score")
   return METRICS.get(name, name.replace("_", " "))
+
+
+def _probe(name: str | None) -> str:
+  return PROBES.get(name, str(name or "unnamed probe"))
 
 
 def _scores(

@@ -24,7 +24,6 @@ _CONTENT: dict[str, Callable[[Mapping[str, Any], Measurements], Content]] = {
 
 _INLINE_ROWS = 500
 _LISTED = 20
-_LONGEST_NAME = 80
 _NARROW = 7  # inches; a narrower figure has its caption beside it
 
 # Nothing may be fetched and nothing may run, whatever a class is called.
@@ -194,7 +193,7 @@ def _document(title: str, body: Html) -> Html:
       content="width=device-width, initial-scale=1",
     ),
     tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-    tag("title", _short(title)),
+    tag("title", tables.shorten(title)),
     tag("style", Html(_STYLE)),
   )
   page = tag("html", head, tag("body", tag("main", body)), lang="en")
@@ -299,17 +298,10 @@ def _facts(summary: Mapping[str, Any]) -> Html:
 def _names(names: Sequence[Any] | None) -> str | None:
   if not names:
     return None
-  shown = ", ".join(_short(str(name)) for name in names[:_LISTED])
+  shown = ", ".join(tables.shorten(str(name)) for name in names[:_LISTED])
   rest = len(names) - _LISTED
   more = f", … and {rest:,} more" if rest > 0 else ""
   return f"{len(names):,}: {shown}{more}"
-
-
-def _short(name: str) -> str:
-  if len(name) <= _LONGEST_NAME:
-    return name
-  half = _LONGEST_NAME // 2
-  return f"{name[:half]}…{name[-half:]}"
 
 
 def _counts(counts: Mapping[str, Any] | None) -> str | None:

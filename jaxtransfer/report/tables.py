@@ -24,6 +24,7 @@ COLUMNS = (
   "seed",
 )
 ABSENT = "–"
+_LONGEST_NAME = 80
 
 
 class Series(NamedTuple):
@@ -108,14 +109,23 @@ class Measurements:
     }
     return np.array([finite(found.get(tap)) for tap in taps], np.float64)
 
-  def values_of(self, key: str, **said: Any) -> list[Any]:
-    """Returns what stands under `key` in the rows that say `said`, in order."""
+  def values_of(
+    self, key: str, *, measured: bool = False, **said: Any
+  ) -> list[Any]:
+    """Returns what stands under `key` in the rows that say `said`, in order.
+
+    Args:
+      key: the column.
+      measured: whether rows without a value are passed over.
+      **said: columns and what they must say.
+    """
     return list(
       dict.fromkeys(
         row.get(key)
         for row in self.rows
         if row.get(key) is not None
         and all(row.get(k) == v for k, v in said.items())
+        and not (measured and math.isnan(finite(row.get("value"))))
       )
     )
 
@@ -125,6 +135,14 @@ def finite(value: Any) -> float:
   if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
     return math.nan
   return float(value) if math.isfinite(value) else math.nan
+
+
+def shorten(name: str) -> str:
+  """Returns a name that fits a line: a long one without its middle."""
+  if len(name) <= _LONGEST_NAME:
+    return name
+  half = _LONGEST_NAME // 2
+  return f"{name[:half]}…{name[-half:]}"
 
 
 def write_results_csv(

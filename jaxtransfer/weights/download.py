@@ -67,9 +67,11 @@ def fetch(
           f"{path} is not there: get {path.name} from {source}, place it there,"
           " and run again"
         )
-      _verify(arrived, path, sha256)
-      os.replace(arrived, path)
-      shutil.rmtree(path.parent / ".hub", ignore_errors=True)
+      try:
+        _verify(arrived, path, sha256)
+        os.replace(arrived, path)
+      finally:
+        shutil.rmtree(path.parent / ".hub", ignore_errors=True)
       return path
   except OSError as error:
     raise errors.UsageError(
@@ -254,5 +256,7 @@ class _OnlyHttps(urllib.request.HTTPRedirectHandler):
 
 
 def _first_line(error: Exception) -> str:
-  text = str(getattr(error, "reason", "") or error)
+  # URLError wraps the system's error in brackets; HTTPError says it itself.
+  is_wrapped = type(error) is urllib.error.URLError
+  text = str(error.reason if is_wrapped else error)
   return (text.splitlines() or [type(error).__name__])[0].split(". ")[0][:200]

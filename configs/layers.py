@@ -20,7 +20,9 @@ def get_config(network: str = "resnet50") -> ml_collections.ConfigDict:
   config.seeds = 5  # networks with random weights to compare with
   config.tolerance = 0.02  # loss of the metric that a cut may cost
   config.metric = "auroc"  # or auprc, accuracy, balanced_accuracy
-  config.probes = "logistic,svm,knn,nearest_mean"  # the first decides the cut
+  config.probes = (
+    "logistic,linear_svm,knn,nearest_mean"  # the first decides the cut
+  )
   config.strengths = tuple(10.0**k for k in range(-4, 4))  # scikit-learn's C
   config.resamples = 1000  # of the groups, for the intervals
   config.cost_batch_size = 32  # images a step when speed is measured

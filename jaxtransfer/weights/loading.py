@@ -30,6 +30,10 @@ class Source:
     std: likewise.
     final_relu: whether an uncut DenseNet's features end in the ReLU.
     licence: as its publisher states it; "" where nothing is known.
+    until: the last layer of a network that `export` wrote; "" where the file
+      does not say.
+    flatten: side of the images whose whole map the file's head reads, pixels;
+      None for a head on pooled features.
   """
 
   label: str
@@ -39,6 +43,8 @@ class Source:
   std: tuple[float, float, float] = catalog.IMAGENET_STD
   final_relu: bool = True
   licence: str = ""
+  until: str = ""
+  flatten: int | None = None
 
 
 def resolve_weights(
@@ -88,6 +94,8 @@ def resolve_weights(
     std=_triple(path, about, "std", catalog.IMAGENET_STD),
     final_relu=about.get("final_relu", True) is not False,
     licence=str(about.get("licence", "")),
+    until=str(about.get("until", "")),
+    flatten=about.get("flatten"),
   )
 
 
@@ -220,6 +228,7 @@ def create_model(
   weights: str | os.PathLike[str] | Source | None = None,
   seed: int = 0,
   dtype: Any = jnp.float32,
+  flatten: int | None = None,
 ) -> Network:
   """Creates a network, cut where asked, with pretrained or random weights.
 
@@ -229,12 +238,15 @@ def create_model(
       never built and their numbers never read.
     num_classes: width of a fresh, random linear head; None for pooled
       features.
-    keep_head: keep the checkpoint's own head; for uncut networks.
+    keep_head: keep the checkpoint's own head: of an uncut network, or of one
+      that `export` wrote, cut where it says.
     weights: None for random; a catalog name (`catalog.names()`); a path to
       safetensors, a torch file or an Orbax directory; `name=path`; or what
       `resolve_weights` returned.
     seed: of all that is random.
     dtype: compute dtype; parameters stay float32.
+    flatten: makes the fresh head read the whole last map of images of this
+      side, in pixels, and not its mean.
 
   Returns:
     The network: `model(images)` with images (N, H, W, 3) float, normalised by
@@ -247,11 +259,21 @@ def create_model(
   """
   if not isinstance(weights, Source):
     weights = resolve_weights(name, weights)
-  if keep_head and (num_classes is not None or until is not None):
+  if keep_head and num_classes is not None:
     raise errors.UsageError(
-      "keep_head=True keeps an uncut checkpoint's own head: drop num_classes"
-      " and until, or drop keep_head"
+      "keep_head=True keeps the checkpoint's own head: drop num_classes, or"
+      " drop keep_head"
     )
+  if keep_head and until is not None:
+    last = zoo.build(name, until=until).layer_names[-1]
+    if last != weights.until:
+      raise errors.UsageError(
+        "keep_head=True keeps the head where it was trained, after"
+        f" {weights.until or 'the last layer'}: until={until!r} cuts it off;"
+        " drop one of them"
+      )
+  if keep_head:
+    flatten = weights.flatten
   if keep_head and weights.path is None:
     raise errors.UsageError(
       "keep_head=True needs weights with a head; random weights have none:"
@@ -271,6 +293,7 @@ def create_model(
     num_classes=num_classes,
     dtype=dtype,
     final_relu=weights.final_relu,
+    flatten=flatten,
   )
   expected = tensors.shapes(model)
   for tensor in tensors.head_names(zoo.family(name)) if keep_head else ():
@@ -310,14 +333,13 @@ def export(
   about = {
     "network": model.name,
     "until": model.layer_names[-1],
+    "flatten": model.flatten,
     "final_relu": model.relu or model.family != "densenet",
     **(details or {}),
   }
-  header = {
-    # What readers of torch's and the hub's safetensors files look for.
-    "format": "pt",
-    "jaxtransfer": json.dumps(about, allow_nan=False),
-  }
+  # One entry: the library writes several in no fixed order, and the same
+  # network must give the same bytes, whose digest is the cache's key.
+  header = {"jaxtransfer": json.dumps(about, allow_nan=False)}
   with files.atomic_path(path) as temporary:
     temporary.write_bytes(save(tensors.dump(model), metadata=header))
   files.write_json(path.with_suffix(".json"), about)

@@ -15,6 +15,13 @@ from safetensors.numpy import save_file
 
 from jaxtransfer import errors
 from jaxtransfer.weights import readers
+from tests.weights.torchzip import (
+  integer,
+  state_dict,
+  tensor,
+  text,
+  write_zip,
+)
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -41,52 +48,6 @@ def expected():
     "bool": np.array([True, False]),
     "parameter": ramp(2, 2),
   }
-
-
-def text(value):
-  return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def integer(value):
-  return b"J" + struct.pack("<i", value)
-
-
-def integers(values):
-  return b"(" + b"".join(map(integer, values)) + b"t"
-
-
-def tensor(key="0", numel=6, offset=0, shape=(2, 3), strides=(3, 1)):
-  """One tensor's opcodes, as torch.save writes them."""
-  storage = (
-    b"("
-    + text("storage")
-    + b"ctorch\nFloatStorage\n"
-    + text(key)
-    + text("cpu")
-    + integer(numel)
-    + b"tQ"
-  )
-  return (
-    b"ctorch._utils\n_rebuild_tensor_v2\n("
-    + storage
-    + integer(offset)
-    + integers(shape)
-    + integers(strides)
-    + b"\x89ccollections\nOrderedDict\n)RtR"
-  )
-
-
-def state_dict(**values):
-  items = b"".join(text(name) + value for name, value in values.items())
-  return b"\x80\x02}(" + items + b"u."
-
-
-def write_zip(path, data_pkl, storages=None, compression=zipfile.ZIP_STORED):
-  with zipfile.ZipFile(path, "w", compression) as archive:
-    archive.writestr("archive/data.pkl", data_pkl)
-    for key, value in (storages or {"0": ramp(6).tobytes()}).items():
-      archive.writestr(f"archive/data/{key}", value)
-  return path
 
 
 def refuses(path, *words):

@@ -1,0 +1,274 @@
+"""Networks with numbers in them, exactly those of the file or none."""
+
+import hashlib
+import json
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import save_file
+
+from jaxtransfer import errors
+from jaxtransfer.networks import tensors, zoo
+from jaxtransfer.weights import catalog, loading
+from tests.weights import torchzip
+
+SMALL = {"resnet18": "layer1", "densenet121": "denseblock1.denselayer2"}
+
+
+def drawn(network, until, seed=7, **options):
+  """Numbers that no initialiser gives, statistics included."""
+  rng = np.random.default_rng(seed)
+  shapes = tensors.shapes(zoo.build(network, until=until, **options))
+  return {
+    name: rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def same(found, expected):
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    assert found[name].dtype == np.float32
+    assert found[name].tobytes() == value.tobytes(), name
+
+
+def refuses(*words, **options):
+  with pytest.raises(errors.UsageError) as caught:
+    loading.create_model(**options)
+  assert "\n" not in str(caught.value)
+  for word in words:
+    assert str(word) in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("network, until", SMALL.items())
+def test_every_format_gives_the_same_numbers(tmp_path, network, until):
+  values = drawn(network, until)
+  save_file(values, tmp_path / "m.safetensors")
+  torchzip.save(tmp_path / "m.pth", values)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "orbax", values)
+  for name in ("m.safetensors", "m.pth", "orbax"):
+    model = loading.create_model(network, until, weights=tmp_path / name)
+    same(tensors.dump(model), values)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_become_float32(tmp_path, dtype):
+  values = {k: v.astype(dtype) for k, v in drawn("resnet18", "stem").items()}
+  save_file(values, tmp_path / "m.safetensors")
+  model = loading.create_model(
+    "resnet18", "stem", weights=str(tmp_path / "m.safetensors")
+  )
+  same(
+    tensors.dump(model), {k: v.astype(np.float32) for k, v in values.items()}
+  )
+
+
+@pytest.mark.parametrize("network, until", SMALL.items())
+def test_export_round_trip_is_bit_exact(tmp_path, network, until):
+  """Out under torchvision's names, back in, header and head included."""
+  values = drawn(network, until, num_classes=3)
+  model = zoo.build(network, until=until, num_classes=3)
+  tensors.load(model, values)
+  path = tmp_path / "export" / "model.safetensors"
+  details = {"mean": [0.5, 0.6, 0.7], "std": [0.1, 0.2, 0.3], "licence": "mine"}
+  loading.export(model, path, details)
+  source = loading.resolve_weights(network, path)
+  assert source.mean == (0.5, 0.6, 0.7) and source.std == (0.1, 0.2, 0.3)
+  assert source.licence == "mine" and source.label == "model.safetensors"
+  assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+  about = json.loads(path.with_suffix(".json").read_text())
+  assert about["network"] == network and about["licence"] == "mine"
+  again = loading.create_model(network, until, weights=source)
+  head = tensors.head_names(zoo.family(network))
+  trunk = {k: v for k, v in values.items() if k not in head}
+  same(tensors.dump(again), trunk)
+  tensors.load(model, {**values, **tensors.dump(again)})
+  loading.export(model, tmp_path / "again.safetensors", details)
+  assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+  with pytest.raises(errors.UsageError, match=f"holds {network}, not resnet34"):
+    loading.resolve_weights("resnet34", path)
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path):
+  model = loading.create_model("resnet18", "stem")
+  with pytest.raises(ValueError):
+    loading.export(model, tmp_path / "m.safetensors", {"mean": float("nan")})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_heads(tmp_path):
+  """Kept: the file's own. Asked for by width: fresh and random. Else: none."""
+  values = drawn("resnet18", None, num_classes=5)
+  path = tmp_path / "m.safetensors"
+  save_file(values, path)
+  kept = loading.create_model("resnet18", keep_head=True, weights=path)
+  same(tensors.dump(kept), values)
+  fresh = loading.create_model("resnet18", num_classes=5, weights=path, seed=3)
+  found = tensors.dump(fresh)
+  random = tensors.dump(loading.create_model("resnet18", num_classes=5, seed=3))
+  for name in ("fc.weight", "fc.bias"):
+    assert np.array_equal(found[name], random[name])
+    assert not np.array_equal(found[name], values[name])
+  same(
+    {k: v for k, v in found.items() if not k.startswith("fc.")},
+    {k: v for k, v in values.items() if not k.startswith("fc.")},
+  )
+  bare = loading.create_model("resnet18", weights=path)
+  assert bare.head is None
+  values["fc.weight"] = np.zeros((5, 100), np.float32)
+  save_file(values, path)
+  refuses("head", "(5, 100)", name="resnet18", keep_head=True, weights=path)
+
+
+def test_random_weights():
+  """None and "random" are the family's initialiser, decided by the seed."""
+  first, again, other = (
+    tensors.dump(loading.create_model("resnet18", "stem", weights=w, seed=s))
+    for w, s in ((None, 0), ("random", 0), (None, 1))
+  )
+  same(first, again)
+  assert not np.array_equal(first["conv1.weight"], other["conv1.weight"])
+  source = loading.resolve_weights("resnet18", None)
+  assert source.label == "random" and source.path is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused_where_kept(tmp_path, bad):
+  values = drawn("resnet18", "layer2")
+  values["layer2.0.bn1.running_var"][3] = bad
+  path = torchzip.save(tmp_path / "m.pth", values)
+  refuses(
+    path,
+    "layer2.0.bn1.running_var holds 1 NaN or infinite numbers of 128",
+    name="resnet18",
+    until="layer2",
+    weights=path,
+  )
+  assert loading.create_model("resnet18", "layer1", weights=path)
+
+
+def test_overflow_to_float32_is_refused(tmp_path):
+  values = {
+    k: v.astype(np.float64) for k, v in drawn("resnet18", "stem").items()
+  }
+  values["bn1.bias"][0] = 1e300
+  save_file(values, tmp_path / "m.safetensors")
+  refuses(
+    "bn1.bias",
+    name="resnet18",
+    until="stem",
+    weights=tmp_path / "m.safetensors",
+  )
+
+
+def test_integers_are_refused(tmp_path):
+  values = dict(drawn("resnet18", "stem"))
+  values["bn1.bias"] = np.zeros(64, np.int8)
+  save_file(values, tmp_path / "m.safetensors")
+  refuses(
+    "bn1.bias is int8",
+    name="resnet18",
+    until="stem",
+    weights=tmp_path / "m.safetensors",
+  )
+
+
+def test_a_cut_never_reads_what_lies_beyond(tmp_path):
+  """A wrong checksum beyond the cut is not met, one before it is."""
+  values = drawn("resnet18", "layer2")
+  path = torchzip.save(tmp_path / "m.pth", values)
+  whole = bytearray(path.read_bytes())
+  whole[whole.index(values["layer2.0.conv1.weight"].tobytes())] ^= 1
+  path.write_bytes(whole)
+  assert loading.create_model("resnet18", "layer1", weights=path)
+  refuses("wrong checksum", name="resnet18", until="layer2", weights=path)
+
+
+def test_a_file_that_does_not_fit_names_itself(tmp_path):
+  path = torchzip.save(tmp_path / "m.pth", drawn("resnet18", "stem"))
+  refuses(path, "does not fit resnet34", name="resnet34", weights=path)
+
+
+@pytest.mark.parametrize(
+  "options, word",
+  [
+    ({"keep_head": True}, "random weights have none"),
+    ({"keep_head": True, "num_classes": 3}, "drop num_classes"),
+    ({"keep_head": True, "until": "layer1"}, "until"),
+    ({"num_classes": 0}, "at least 1"),
+    ({"until": "layer9"}, "layer9"),
+    ({"weights": "none.pth"}, "none.pth cannot be read"),
+    ({"weights": "some/where"}, "cannot be read"),
+    ({"weights": ""}, "no weights ''"),
+    ({"weights": "imagenett"}, "imagenet"),
+    ({"weights": "retccl"}, "not of resnet18"),
+    ({"weights": "retccl=x.pth"}, "not of resnet18"),
+  ],
+)
+def test_contradictions_are_named(options, word):
+  refuses(word, **{"name": "resnet18", **options})
+
+
+def test_unknown_network_is_named_before_its_weights():
+  refuses("no network 'resnet5'", name="resnet5", weights="none.pth")
+
+
+def test_a_directory_that_is_no_checkpoint(tmp_path):
+  refuses("_METADATA", name="resnet18", weights=tmp_path)
+
+
+def test_a_file_of_ones_own_under_a_catalog_name(tmp_path):
+  """`kimianet=path`: the file's numbers, the catalog's knowledge of them."""
+  path = tmp_path / "kimianet.pth"
+  values = {
+    name.replace("features.", "module.model.0."): value
+    for name, value in drawn("densenet121", "denseblock1").items()
+  }
+  torchzip.save(path, values)
+  source = loading.resolve_weights("densenet121", f"kimianet={path}")
+  assert source.label == "kimianet" and source.path == path
+  assert not source.final_relu
+  model = loading.create_model("densenet121", "denseblock1", weights=source)
+  same(
+    {
+      k.replace("features.", "module.model.0."): v
+      for k, v in tensors.dump(model).items()
+    },
+    values,
+  )
+  with pytest.raises(errors.UsageError, match="published with 931956f3"):
+    loading.resolve_weights("resnet50", f"retccl={path}")
+
+
+def test_without_the_final_relu_features_can_be_negative():
+  """What KimiaNet's rows say reaches the network that is built."""
+  with_relu = loading.Source("random", final_relu=True)
+  without = loading.Source("random", final_relu=False)
+  assert loading.create_model("densenet121", weights=with_relu).relu
+  assert not loading.create_model("densenet121", weights=without).relu
+
+
+def test_embedded_weights(tmp_path):
+  """Shipped, and found by name; half precision kept them close to float32."""
+  source = loading.resolve_weights("resnet18", "cifar10-resnet18")
+  assert source.path == catalog.resolve("cifar10-resnet18")
+  values = loading.read_weights(source, "resnet18", until="layer3")
+  assert all(np.isfinite(v).all() for v in values.values())
+  assert values["conv1.weight"].std() > 0.05
+  refuses("layer4", name="resnet18", weights=source)
+  assert loading.resolve_weights("resnet18", source.path).mean == source.mean
+
+
+def test_embedded_weights_are_the_whole_networks(shared):
+  """Rounded to half precision from the network that the card describes."""
+  path = shared / "weights" / "resnet18_cifar10.safetensors"
+  source = loading.resolve_weights("resnet18", path)
+  exact = loading.read_weights(source, "resnet18", until="layer3")
+  source = loading.resolve_weights("resnet18", "cifar10-resnet18")
+  kept = loading.read_weights(source, "resnet18", until="layer3")
+  for name, value in exact.items():
+    rounded = value.astype(np.float16) if value.ndim == 4 else value
+    np.testing.assert_array_equal(kept[name], rounded.astype(np.float32))

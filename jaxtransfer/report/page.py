@@ -112,11 +112,15 @@ summary { cursor: pointer; }
 }
 @media print {
   @page { margin: 14mm; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  :root { font-size: 10pt; }
+  body { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
   pre { white-space: pre-wrap; }
   figure svg { min-width: 0 !important; }
-  figure, tr, .sentence { break-inside: avoid; }
+  .narrow svg { max-width: 11.5cm !important; }
+  figure { margin-bottom: .8rem; }
+  h2 { margin-top: 1.2rem; font-size: 1.1rem; }
+  figure, tr, .sentence, .caption, .notes { break-inside: avoid; }
   h2, .caption { break-after: avoid; }
   table { font-size: 6.5pt; }
   th, td { padding: .2rem .3rem; }

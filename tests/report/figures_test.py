@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from jaxtransfer.report import figures, layers
+from jaxtransfer.report import figures, layers, tables
 from jaxtransfer.report.tables import Measurements
 from tests.report import example
 
@@ -171,3 +171,21 @@ def test_every_figure_is_drawn_without_a_warning(tmp_path):
       results = example.results(**kind) if kind else results
       for name, figure in drawn(results).items():
         figures.save(figure, tmp_path, name)
+
+
+def test_names_of_crowded_points_are_dropped_rather_than_piled_up():
+  """Twelve taps of nearly equal cost and score: some names cannot fit."""
+  taps = [f"denseblock1.denselayer{i}" for i in range(12)]
+  cost = 1e9 + 1e6 * np.arange(12.0)
+  cost[0] = 1e6
+  value = 0.9 + 1e-4 * np.arange(12.0)
+  value[0] = 0.5
+  series = tables.Series(value, value - 0.01, value + 0.01)
+  marks = [figures.Mark(taps[11], "cut")]
+  with figures.style():
+    figure = figures.pareto_panels(taps, [(cost, "MACs")], series, marks, "s")
+  texts, _ = written(figure)
+  names = [text for text in texts if text[0] in taps]
+  assert taps[11] in [name[0] for name in names] and len(names) < 12
+  for (a, _, box), (b, _, other) in itertools.combinations(names, 2):
+    assert not box.overlaps(other), f"{a!r} touches {b!r}"

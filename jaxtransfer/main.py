@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxtransfer import configuration, errors, workdir
@@ -67,6 +67,9 @@ def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
   signal.signal(signal.SIGTERM, _preempt)
+  if flags.FLAGS["verbosity"].using_default_value:
+    # absl's own default lets every library tell what it does.
+    logging.set_verbosity(logging.WARNING)
   try:
     module = configuration.job_module(config.job)
     command = shlex.join(["jaxtransfer", *sys.argv[1:]])

@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxtransfer import errors, files
@@ -22,6 +22,7 @@ _PACKAGES = (
   "jaxlib",
   "flax",
   "optax",
+  "orbax-checkpoint",
   "grain",
   "numpy",
   "scipy",
@@ -74,6 +75,12 @@ class Workdir:
     line = json.dumps(values, allow_nan=True)
     with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
       f.write(line + "\n")
+
+  def replace_log(self, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes metrics.jsonl anew, atomically: what a resumed run knows of."""
+    lines = [json.dumps(record, allow_nan=True) for record in records]
+    text = "".join(f"{line}\n" for line in lines)
+    files.write_text(self.path / "metrics.jsonl", text)
 
   @property
   def finished(self) -> bool:

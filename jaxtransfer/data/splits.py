@@ -5,9 +5,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
+import ml_collections
 import numpy as np
 
 from jaxtransfer import files
+from jaxtransfer.data.sources import Examples
 from jaxtransfer.errors import UsageError
 
 SPLITS = ("train", "val", "test")
@@ -132,7 +134,7 @@ def _divide(
     contents[pair // len(totals)].append((label, count))
 
   # Few groups are hard to balance and cheap to draw again.
-  draws = 1 if len(sizes) > 10_000 else 20
+  draws = min(20, 1 + 200_000 // len(pairs))
   best, best_cost = np.empty(0, np.int32), np.inf
   for _ in range(draws):
     # Large groups come early, or they would not fit in; were the order by size
@@ -285,6 +287,68 @@ def check_splits(
   return warnings
 
 
+def divide(
+  config: ml_collections.ConfigDict,
+  examples: Examples,
+  path: str | os.PathLike[str],
+  *,
+  every_class: bool = True,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Draws a run's splits and saves them, or reads those that it saved.
+
+  Args:
+    config: the whole config: `seed`, and of `data` the keys `split_fractions`
+      and `few_shot`.
+    examples: the source.
+    path: of splits.json.
+    every_class: whether train must hold every class.
+
+  Returns:
+    Row indices of train, val and test, none empty, and what the user should
+    know, a line each.
+
+  Raises:
+    UsageError: the splits cannot be used, or the source has changed since.
+  """
+  if os.path.exists(path):
+    divided = load_splits(path, examples.names)
+  else:
+    divided = make_splits(
+      examples.labels,
+      examples.groups,
+      examples.splits,
+      config.data.split_fractions,
+      config.seed,
+    )
+    if config.data.few_shot:
+      divided["train"] = few_shot(
+        divided["train"],
+        examples.labels,
+        examples.groups,
+        config.data.few_shot,
+        config.seed,
+      )
+  for name, rows in divided.items():
+    if not len(rows):
+      raise UsageError(
+        f"the {name} split is empty; this job needs train, val and test"
+      )
+  labels, classes = examples.labels, examples.classes
+  if not every_class:
+    labels, classes = np.zeros_like(labels), ["any"]
+  notes = check_splits(
+    divided, labels, examples.groups, examples.names, classes
+  )
+  if examples.groups is None:
+    notes.append(
+      "The source names no groups (patients): images were divided and"
+      " resampled one by one. Scores are too high and intervals too narrow"
+      " where images of one patient are alike."
+    )
+  save_splits(path, divided, examples.names)
+  return divided, notes
+
+
 def _check_disjoint(
   splits: Mapping[str, np.ndarray], names: Sequence[str], what: str
 ) -> None:
@@ -332,10 +396,10 @@ def load_splits(
   """
   try:
     with open(path, encoding="utf-8") as f:
-      value = json.load(f)
+      value = dict(json.load(f))
     saved = value.pop("names")
     splits = {k: np.array(rows, np.int64) for k, rows in value.items()}
-  except (OSError, ValueError, KeyError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise UsageError(f"{path}: not a splits.json ({e}); remove it") from e
   names = list(names)
   if saved != names:

@@ -95,7 +95,7 @@ def resolve_weights(
     final_relu=about.get("final_relu", True) is not False,
     licence=str(about.get("licence", "")),
     until=str(about.get("until", "")),
-    flatten=about.get("flatten"),
+    flatten=_side(path, about.get("flatten")),
   )
 
 
@@ -132,6 +132,12 @@ def _read_details(path: pathlib.Path) -> dict[str, Any]:
       f"{path}: its jaxtransfer header is not a JSON dict"
     )
   return details
+
+
+def _side(path: pathlib.Path, value: Any) -> int | None:
+  if value is None or (type(value) is int and 0 < value < 10_000):
+    return value
+  raise errors.UsageError(f"{path}: flatten in its header is {value!r}")
 
 
 def _triple(

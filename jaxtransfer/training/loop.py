@@ -1,0 +1,421 @@
+"""Training from the first step, or from a checkpoint, to the last."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import tqdm
+
+from jaxtransfer import errors, parallel
+from jaxtransfer.data import pipeline
+from jaxtransfer.networks.network import Network
+from jaxtransfer.training import checkpoints, optimisers, steps
+
+PREEMPTED = 143
+# Metrics of which less is better.
+LOWER = ("loss", "ece", "brier")
+# Steps given to the devices before one of them has ended: the devices never
+# wait, and images do not pile up in their memory.
+_AHEAD = 2
+
+Numbers = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+Record = dict[str, Any]
+
+
+class Journal(Protocol):
+  """Where metrics.jsonl is written."""
+
+  def log(self, **values: Any) -> None:
+    """Appends a line."""
+
+  def replace_log(self, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes these lines in place of all that are there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How long to train and what to write down.
+
+  Attributes:
+    epochs: at most.
+    metric: of the validation split, by which the best epoch is chosen.
+    log_steps: steps from line to line of metrics.jsonl.
+    checkpoint_steps: steps from checkpoint to checkpoint; one more is saved
+      after every epoch.
+    checkpoints: how many are kept.
+    images: of the training split.
+    max_failures: share of unreadable images that stops the run.
+
+  Raises:
+    UsageError: a value out of range.
+  """
+
+  epochs: int
+  metric: str
+  log_steps: int
+  checkpoint_steps: int
+  checkpoints: int
+  images: int
+  max_failures: float
+
+  def __post_init__(self):
+    for name in ("epochs", "log_steps", "checkpoint_steps", "checkpoints"):
+      optimisers.check_range(name, getattr(self, name), least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """What training came to.
+
+  Attributes:
+    numbers: parameters and statistics of the best epoch.
+    epoch: which it was, from 1.
+    records: the lines of metrics.jsonl.
+    notes: what the user should know, a line each.
+    failures: (name, reason) of training images that could not be read.
+  """
+
+  numbers: Numbers
+  epoch: int
+  records: list[Record]
+  notes: list[str]
+  failures: pipeline.Failures
+
+
+class _Preempted(Exception):
+  """The process was asked to end."""
+
+
+def fit(
+  network: Network,
+  recipe: steps.Recipe,
+  schedule: optimisers.Schedule,
+  settings: Settings,
+  *,
+  train: pipeline.Batches,
+  validate: Callable[[], pipeline.Batches],
+  score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+  devices: parallel.Devices,
+  directory: pathlib.Path,
+  journal: Journal,
+  seed: int,
+) -> Fitted:
+  """Trains a network; the same call after any stop goes on where it was.
+
+  Args:
+    network: as training begins; it is not changed.
+    recipe: what a step does.
+    schedule: for what is decided between epochs.
+    settings: how long, and what to write down.
+    train: shuffled batches of all epochs; it is closed.
+    validate: makes the validation batches, in order.
+    score: (rows, logits (N, C)) -> the metrics of the validation split, `loss`
+      and `settings.metric` among them.
+    devices: where.
+    directory: for `checkpoints/`.
+    journal: takes the lines of metrics.jsonl.
+    seed: of what is random in the steps.
+
+  Returns:
+    The best epoch's numbers, and all that was logged.
+
+  Raises:
+    RunError: the loss is no number, too many images cannot be read, or a
+      checkpoint cannot be written.
+    SystemExit: 143 after SIGTERM, once the state is saved.
+  """
+  graph, params, statistics = steps.take_apart(network)
+  step = devices.compile_step(steps.make_step(graph, recipe))
+  forward = devices.compile(steps.make_predict(graph, recipe.mean, recipe.std))
+  state = steps.first_state(network, recipe, seed)
+  best: Numbers = jax.tree.map(np.array, (params, statistics))
+  per_epoch = len(train) // settings.epochs
+  learning_rate = recipe.optimiser.learning_rate
+  with (
+    _preemption() as preempted,
+    pipeline.prefetch(train, lambda b: devices.put(filled(b))) as batches,
+    checkpoints.Checkpoints(
+      directory / "checkpoints", settings.checkpoints
+    ) as kept,
+  ):
+    found, notes = kept.restore((state, best), batches)
+    records: list[Record] = []
+    if found is not None:
+      (state, best), records = found.tree, found.records
+      if found.devices != str(devices):
+        notes.append(
+          f"resumed on {devices} after {found.devices}: the numbers are those"
+          " of an uninterrupted run only up to rounding"
+        )
+    journal.replace_log(records)
+    for note in notes:
+      print(note, flush=True)
+    done = int(state.step)
+    state = devices.replicate(state)
+
+    def write(**record: Any) -> None:
+      records.append(record)
+      journal.log(**record)
+
+    def save() -> None:
+      # An epoch's end is saved once before its validation and once after it.
+      number = done + len(epochs_of(records))
+      if number != kept.newest():
+        kept.save(number, (state, best), batches, records, str(devices))
+
+    clock = _Clock()
+    running: collections.deque[jax.Array] = collections.deque()
+    bar = tqdm.tqdm(
+      total=len(train),
+      initial=done,
+      desc="training",
+      unit=" steps",
+      disable=None,
+    )
+    try:
+      while True:
+        if done == (len(epochs_of(records)) + 1) * per_epoch:
+          started = time.monotonic()
+          numbers = steps.trained_numbers(state)
+          with validate() as val:
+            rows, logits = predict(forward, numbers, val, devices, preempted)
+          scores = score(rows, logits)
+          if _is_best(records, scores, settings.metric):
+            best = jax.tree.map(np.array, jax.device_get(numbers))
+          write(
+            event="epoch",
+            epoch=done // per_epoch,
+            step=done,
+            **_means(state),
+            val=scores,
+            timing={"validation_seconds": time.monotonic() - started},
+          )
+          scale = schedule.scale(_val_losses(records))
+          state = dataclasses.replace(
+            state,
+            sums=devices.replicate(steps.no_sums()),
+            scale=devices.replicate(np.float32(scale)),
+          )
+          save()
+          clock = _Clock()
+        if done == len(train) or schedule.ended(
+          learning_rate, _val_losses(records)
+        ):
+          break
+        if preempted():
+          raise _Preempted
+        with clock.waiting():
+          batch = next(batches)
+        state, metrics = step(state, batch)
+        done += 1
+        bar.update()
+        running.append(metrics["loss"])
+        if len(running) > _AHEAD:
+          running.popleft().block_until_ready()
+        clock.tick(metrics["loss"], batch["label"].size)
+        if done % settings.log_steps == 0:
+          write(
+            event="train",
+            epoch=1 + (done - 1) // per_epoch,
+            step=done,
+            **_means(state),
+            learning_rate=float(
+              learning_rate * recipe.schedule(done - 1) * state.scale
+            ),
+            timing=clock.read(),
+          )
+        if done % per_epoch == 0 or done % settings.log_steps == 0:
+          pipeline.too_many(
+            train.failures, settings.images, settings.max_failures
+          )
+        if done % settings.checkpoint_steps == 0 and done % per_epoch:
+          save()
+    except _Preempted:
+      save()
+      kept.wait()
+      raise SystemExit(PREEMPTED) from None
+    finally:
+      bar.close()
+    return Fitted(
+      best, best_epoch(records, settings.metric), records, notes, train.failures
+    )
+
+
+def predict(
+  forward: Callable[[Numbers, Any], jax.Array],
+  numbers: Numbers,
+  batches: pipeline.Batches,
+  devices: parallel.Devices,
+  stop: Callable[[], bool] = lambda: False,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the logits of all images that could be read.
+
+  Args:
+    forward: `steps.make_predict`, compiled.
+    numbers: parameters and statistics on the devices.
+    batches: in order.
+    devices: where it was compiled for.
+    stop: asked between batches whether the process has to end.
+
+  Returns:
+    (N,) int64 rows of the source and (N, C) float32 logits.
+  """
+  rows, logits = [], []
+  # One batch is on its way while the one before is fetched.
+  last = None
+
+  def fetch() -> None:
+    mask, row, output = last
+    rows.append(row[mask])
+    logits.append(devices.get(output)[mask])
+
+  for batch in batches:
+    if stop():
+      raise _Preempted
+    output = forward(numbers, devices.put(batch["image"]))
+    if last is not None:
+      fetch()
+    last = batch["mask"], batch["row"], output
+  if last is not None:
+    fetch()
+  return np.concatenate(rows), np.concatenate(logits)
+
+
+def filled(batch: pipeline.Batch) -> pipeline.Batch:
+  """Puts readable images in the place of those that are not, for BatchNorm.
+
+  Their mask stays False, so they count for nothing in the loss; a black image
+  would count in the batch's statistics.
+
+  Args:
+    batch: as the pipeline makes it.
+
+  Returns:
+    The batch with int32 rows; one without any readable image is as it was.
+  """
+  image, mask = batch["image"], batch["mask"]
+  good, bad = np.flatnonzero(mask), np.flatnonzero(~mask)
+  if len(good) and len(bad):
+    image = image.copy()
+    image[bad] = image[good[np.arange(len(bad)) % len(good)]]
+  return {**batch, "image": image, "row": batch["row"].astype(np.int32)}
+
+
+def epochs_of(records: Sequence[Record]) -> list[Record]:
+  """Returns the lines of epochs alone."""
+  return [record for record in records if record["event"] == "epoch"]
+
+
+def best_epoch(records: Sequence[Record], metric: str) -> int:
+  """Returns the epoch, from 1, whose validation metric is best; 0 for none.
+
+  The first of equals; one without a number is never best unless all are.
+  """
+  best, best_value = 0, -math.inf
+  for record in epochs_of(records):
+    value = _goodness(record["val"], metric)
+    if not best or value > best_value:
+      best, best_value = record["epoch"], value
+  return best
+
+
+def _is_best(
+  records: Sequence[Record], scores: Mapping[str, float], metric: str
+) -> bool:
+  new = {"event": "epoch", "epoch": len(records) + 1, "val": scores}
+  return best_epoch([*records, new], metric) == new["epoch"]
+
+
+def _goodness(scores: Mapping[str, float], metric: str) -> float:
+  value = scores[metric]
+  if not math.isfinite(value):
+    return -math.inf
+  return -value if metric in LOWER else value
+
+
+def _val_losses(records: Sequence[Record]) -> list[float]:
+  return [record["val"]["loss"] for record in epochs_of(records)]
+
+
+def _means(state: steps.State) -> dict[str, float]:
+  """Returns loss and accuracy of the epoch so far; waits for the step."""
+  sums = {k: float(v) for k, v in jax.device_get(state.sums).items()}
+  loss = sums["loss"] / max(sums["weight"], 1e-12)
+  if not math.isfinite(loss):
+    raise errors.RunError(
+      f"the training loss is {loss} at step {int(state.step)}; lower"
+      " config.optimiser.learning_rate or set config.optimiser.clip_norm, in"
+      " another workdir"
+    )
+  accuracy = sums["hits"] / max(sums["decisions"], 1.0)
+  return {"loss": loss, "accuracy": accuracy}
+
+
+class _Clock:
+  """Images a second, and how much of the time went into waiting for them."""
+
+  def __init__(self):
+    self._started: float | None = None
+    self._waited = 0.0
+    self._steps = 0
+    self._images = 0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    self._waited += time.monotonic() - started
+
+  def tick(self, result: jax.Array, images: int) -> None:
+    """Counts a step; the first one compiles, and only starts the clock."""
+    if self._started is None:
+      result.block_until_ready()
+      self._restart()
+      return
+    self._steps += 1
+    self._images += images
+
+  def read(self) -> dict[str, float]:
+    """Returns what was measured since it was last read."""
+    seconds = time.monotonic() - self._started
+    found: dict[str, float] = {}
+    if self._steps:
+      found = {
+        "images_per_second": self._images / seconds,
+        "step_seconds": seconds / self._steps,
+        "waiting_share": self._waited / seconds,
+      }
+    memory = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+      found["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+    self._restart()
+    return found
+
+  def _restart(self) -> None:
+    self._started = time.monotonic()
+    self._waited, self._steps, self._images = 0.0, 0, 0
+
+
+@contextlib.contextmanager
+def _preemption() -> Iterator[Callable[[], bool]]:
+  """Takes SIGTERM as a wish: yields whether it has come."""
+  asked = threading.Event()
+  # Python allows handlers in the main thread alone; elsewhere, whoever runs
+  # the thread decides.
+  if threading.current_thread() is not threading.main_thread():
+    yield asked.is_set
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+  try:
+    yield asked.is_set
+  finally:
+    signal.signal(signal.SIGTERM, before)

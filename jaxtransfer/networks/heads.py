@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxtransfer.networks import layers
+
 
 class Linear(nnx.Module):
-  """An affine map in float32, whatever the trunk computes in.
+  """An affine map in float32 or wider, whatever the trunk computes in.
 
   Args:
     channels_in: width of the features.
@@ -20,7 +22,7 @@ class Linear(nnx.Module):
 
   def __call__(self, features: jax.Array) -> jax.Array:
     logits = jnp.dot(
-      features.astype(jnp.float32),
+      layers.widened(features),
       self.kernel[...],
       precision=lax.Precision.HIGHEST,
     )

@@ -71,7 +71,7 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-  """Batch normalisation with torch's statistics, computed in float32.
+  """Batch normalisation with torch's statistics, in float32 or wider.
 
   In training the batch is normalised with its biased variance while the
   running variance takes the unbiased one, and a running value moves a tenth
@@ -79,7 +79,8 @@ class BatchNorm(nnx.Module):
 
   Args:
     channels: the last axis of the input.
-    dtype: dtype of the output; statistics and the normalising are float32.
+    dtype: dtype of the output; statistics and the normalising are float32,
+      or float64 where that is the input.
 
   `train` of a call is False for the running statistics, True for those of the
   batch at hand, or the name of a mapped axis for those of the batch that its
@@ -94,7 +95,7 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(jnp.zeros((channels,)))
 
   def __call__(self, x_NHWC: jax.Array, train: bool | str = False) -> jax.Array:
-    x_NHWC = x_NHWC.astype(jnp.float32)
+    x_NHWC = widened(x_NHWC)
     if train:
       axis = train if isinstance(train, str) else ()
       mean = lax.pmean(x_NHWC.mean((0, 1, 2)), axis)
@@ -109,6 +110,11 @@ class BatchNorm(nnx.Module):
     factor = self.scale[...] * lax.rsqrt(var + 1e-5)
     y_NHWC = x_NHWC * factor + (self.bias[...] - mean * factor)
     return y_NHWC.astype(self.dtype)
+
+
+def widened(x: jax.Array) -> jax.Array:
+  """Returns the array in float32, or as it is where it is wider."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def max_pool(x_NHWC: jax.Array) -> jax.Array:
@@ -132,6 +138,6 @@ def halved(size: tuple[int, int]) -> tuple[int, int]:
 def average_pool(x_NHWC: jax.Array) -> jax.Array:
   """The 2x2 mean with stride 2; an odd last row or column is left out."""
   height, width = x_NHWC.shape[1] // 2, x_NHWC.shape[2] // 2
-  kept = x_NHWC[:, : 2 * height, : 2 * width].astype(jnp.float32)
+  kept = widened(x_NHWC[:, : 2 * height, : 2 * width])
   total = sum(kept[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
   return (total / 4).astype(x_NHWC.dtype)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
+from jaxtransfer.networks.layers import widened
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -159,5 +160,5 @@ def unknown_layer(
 
 
 def average(x_NHWC: jax.Array) -> jax.Array:
-  """Returns the mean over height and width, (N, C) float32."""
-  return x_NHWC.astype(jnp.float32).mean((1, 2))
+  """Returns the mean over height and width, (N, C) float32 (or wider)."""
+  return widened(x_NHWC).mean((1, 2))

@@ -3,7 +3,6 @@
 import atexit
 import collections
 import contextlib
-import functools
 import multiprocessing
 import os
 import queue
@@ -20,93 +19,11 @@ import grain
 import numpy as np
 
 from jaxtransfer import files
-from jaxtransfer.data import images
+from jaxtransfer.data import reading
 from jaxtransfer.data.sources import Examples
 from jaxtransfer.errors import RunError
 
-Batch = dict[str, np.ndarray]
 Failures = list[tuple[str, str]]
-
-
-class _Reader:
-  """Random access to batches: what grain calls a data source."""
-
-  def __init__(
-    self,
-    examples: Examples,
-    rows: np.ndarray,
-    image_size: int,
-    batch_size: int,
-    shuffle_seed: int | None,
-    epochs: int,
-    drop_last: bool,
-    shard: tuple[int, int],
-  ):
-    index, count = shard
-    if min(image_size, batch_size, epochs, count) < 1 or not 0 <= index < count:
-      raise ValueError(
-        f"image_size {image_size}, batch_size {batch_size}, epochs {epochs},"
-        f" shard {shard}: out of range"
-      )
-    if batch_size % count:
-      raise ValueError(f"batch_size {batch_size} in {count} shards")
-    self.examples = examples
-    self._rows = rows
-    self._image_size = image_size
-    self._batch_size = batch_size
-    self._shuffle_seed = shuffle_seed
-    self._shard = shard
-    full, rest = divmod(len(rows), batch_size)
-    self._per_epoch = full + (rest > 0 and not (drop_last and full))
-    self._length = epochs * self._per_epoch
-    self._drawn = -1, self._rows
-    self.pool: futures.Executor | None = None
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, number: int) -> dict[str, Any]:
-    epoch, step = divmod(number, self._per_epoch)
-    index, count = self._shard
-    local = self._batch_size // count
-    start = step * self._batch_size + index * local
-    rows = self._order(epoch)[start : start + local]
-    batch = {
-      "image": np.zeros((local, self._image_size, self._image_size, 3), "u1"),
-      "row": np.full(local, -1, np.int64),
-      "label": np.full(local, -1, np.int32),
-      "mask": np.zeros(local, bool),
-    }
-    batch["row"][: len(rows)] = rows
-    batch["label"][: len(rows)] = self.examples.labels[rows]
-    read = functools.partial(self._read, batch)
-    reasons = (self.pool.map if self.pool else map)(read, range(len(rows)))
-    failures = [
-      (int(row), reason)
-      for row, reason in zip(rows, reasons, strict=True)
-      if reason
-    ]
-    return {**batch, "failures": failures}
-
-  def _order(self, epoch: int) -> np.ndarray:
-    if self._shuffle_seed is None:
-      return self._rows
-    # Threads may draw it twice at an epoch's start; both draw the same.
-    drawn, order = self._drawn
-    if drawn != epoch:
-      rng = np.random.default_rng([self._shuffle_seed, epoch])
-      order = rng.permutation(self._rows)
-      self._drawn = epoch, order
-    return order
-
-  def _read(self, batch: Batch, i: int) -> str:
-    try:
-      image = self.examples.read(int(batch["row"][i]))
-    except images.ImageError as e:
-      return str(e)
-    batch["image"][i] = images.fit(image, self._image_size)
-    batch["mask"][i] = True
-    return ""
 
 
 class Batches(grain.DatasetIterator):
@@ -151,6 +68,7 @@ class Batches(grain.DatasetIterator):
   _source: grain.DatasetIterator | None = None
   _pool: futures.Executor | None = None
   _processes: "_Processes | None" = None
+  _running: "weakref.WeakSet[Batches]" = weakref.WeakSet()
 
   def __init__(
     self,
@@ -166,7 +84,7 @@ class Batches(grain.DatasetIterator):
     shard: tuple[int, int] = (0, 1),
   ):
     super().__init__()
-    self._reader = _Reader(
+    self._reader = reading.Reader(
       examples,
       np.asarray(rows, np.int64),
       image_size,
@@ -183,7 +101,7 @@ class Batches(grain.DatasetIterator):
   def __len__(self) -> int:
     return len(self._reader)
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> reading.Batch:
     self._assert_not_closed()
     if self._next >= len(self._reader):
       self._stop()
@@ -233,6 +151,7 @@ class Batches(grain.DatasetIterator):
     self._closed = True
 
   def _start(self) -> None:
+    self._running.add(self)
     if self._workers:
       count = min(self._workers, len(self) - self._next)
       self._processes = _Processes(self._reader, count)
@@ -252,6 +171,7 @@ class Batches(grain.DatasetIterator):
     )
 
   def _stop(self) -> None:
+    self._running.discard(self)
     source, self._source = self._source, None
     if source is not None:
       source.close()
@@ -261,6 +181,14 @@ class Batches(grain.DatasetIterator):
     processes, self._processes = self._processes, None
     if processes is not None:
       processes.close()
+
+
+# What is left open is closed before multiprocessing, whose turn at exit comes
+# after that of what was registered later, waits for its processes.
+@atexit.register
+def _close_all() -> None:
+  for batches in list(Batches._running):
+    batches.close()
 
 
 def _processors() -> int:
@@ -276,23 +204,22 @@ class _Processes:
   end, as Ctrl-C does, waits for ever (google/grain issue 1372).
   """
 
-  _running: "weakref.WeakSet[_Processes]" = weakref.WeakSet()
-
-  def __init__(self, reader: _Reader, count: int):
+  def __init__(self, reader: reading.Reader, count: int):
     self._length = len(reader)
     self._closing = False
     self._workers: list[BaseProcess] = []
     # A process that has no reader yet lies here with the reader.
     self._idle: queue.SimpleQueue[
-      tuple[BaseProcess, connection.Connection, _Reader | None]
+      tuple[BaseProcess, connection.Connection, reading.Reader | None]
     ] = queue.SimpleQueue()
     # A fork would copy JAX's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    self._running.add(self)
     with _interrupts_deferred():
       for _ in range(count):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = context.Process(
+          target=reading.serve, args=(theirs,), daemon=True
+        )
         process.start()
         # With the one copy of its end in the process, its end ends the pipe.
         theirs.close()
@@ -331,35 +258,6 @@ class _Processes:
       process.kill()
     for process in self._workers:
       process.join()
-    self._running.discard(self)
-
-  @classmethod
-  def close_all(cls) -> None:
-    """Ends what is still open at exit, which would wait for it."""
-    for processes in list(cls._running):
-      processes.close()
-
-
-# Registered after multiprocessing's own, it runs before it.
-atexit.register(_Processes.close_all)
-
-
-def _serve(pipe: connection.Connection) -> None:
-  """Makes batches in a process of its own until the pipe ends."""
-  # Both reach the whole process group. The parent decides what they mean: it
-  # may need one more batch before it has saved its state.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  # The pipe ends when the parent does, however it ends.
-  with contextlib.suppress(EOFError, OSError):
-    reader = pipe.recv()
-    while True:
-      number = pipe.recv()
-      try:
-        result = reader[number]
-      except Exception as e:
-        result = e
-      pipe.send(result)
 
 
 @contextlib.contextmanager
@@ -389,7 +287,7 @@ def _interrupts_deferred() -> Iterator[None]:
 
 
 def prefetch(
-  source: Batches, put: Callable[[Batch], Any], depth: int = 2
+  source: Batches, put: Callable[[reading.Batch], Any], depth: int = 2
 ) -> "Prefetched":
   """Sends batches to devices before they are asked for.
 
@@ -410,7 +308,9 @@ def prefetch(
 class Prefetched(grain.DatasetIterator):
   """The iterator that `prefetch` makes."""
 
-  def __init__(self, source: Batches, put: Callable[[Batch], Any], depth: int):
+  def __init__(
+    self, source: Batches, put: Callable[[reading.Batch], Any], depth: int
+  ):
     super().__init__()
     self._source = source
     self._put = put

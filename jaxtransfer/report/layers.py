@@ -20,7 +20,7 @@ METRICS = {
 }
 PROBES = {
   "logistic": "logistic regression",
-  "svm": "linear SVM",
+  "linear_svm": "linear SVM",
   "knn": "nearest neighbours",
   "nearest_mean": "nearest class mean",
 }

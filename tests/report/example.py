@@ -16,7 +16,7 @@ RESNET18 = [
   "layer4.1",
 ]
 METRICS = ("accuracy", "balanced_accuracy", "auroc", "auprc")
-PROBES = ("logistic", "svm", "knn", "nearest_mean")
+PROBES = ("logistic", "linear_svm", "knn", "nearest_mean")
 
 
 def densenet_taps(blocks=(6, 12, 24, 16)):

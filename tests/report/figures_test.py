@@ -72,7 +72,7 @@ def test_nothing_is_cut_off_and_no_names_overlap(taps, cut, best):
   against each other only through their distance along the axis.
   """
   results = example.results(
-    taps, cut=cut, best=best, seeds=1, probes=("logistic", "svm")
+    taps, cut=cut, best=best, seeds=1, probes=("logistic", "linear_svm")
   )
   for name, figure in drawn(results).items():
     texts, canvas = written(figure)

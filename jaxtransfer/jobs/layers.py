@@ -1,0 +1,673 @@
+"""What every layer of a pretrained network is worth on the user's images.
+
+Frozen networks, pretrained and with random weights, give the pooled features
+of every tap; probes on them give scores; the difference is the gain; and the
+shallowest tap that loses no more than the tolerance is where to cut.
+
+Source: the question, knowledge gain over a random-weight network, is Li and
+  Plataniotis's (arXiv 2005.01609v3, PLoS One 15(10):e0240530). The formulas
+  are this project's and stand in docs/layers.md.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+from flax import nnx
+
+from jaxtransfer import configuration, errors, features, files, parallel
+from jaxtransfer import workdir as workdirs
+from jaxtransfer.data import pipeline, preprocess, sources
+from jaxtransfer.data import splits as splitting
+from jaxtransfer.measure import bootstrap, classification, cost, gain, probes
+from jaxtransfer.networks import tensors, zoo
+from jaxtransfer.networks.network import Network
+from jaxtransfer.report import page
+from jaxtransfer.weights import loading
+
+SPLITS = ("val", "test")
+# Features of one tap held at a time; probing needs a few times as much.
+_PROBED_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A checked config.
+
+  Attributes:
+    network: the zoo's name.
+    taps: layer names in the network's order.
+    probes: kinds of probe; the first decides the cut.
+    metrics: names of metrics; the first decides the cut.
+    seeds: number of networks with random weights.
+  """
+
+  network: str
+  taps: tuple[str, ...]
+  probes: tuple[str, ...]
+  metrics: tuple[str, ...]
+  seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What the probes of one tap measured; the first network is pretrained.
+
+  Attributes:
+    values: (networks, probes, metrics, 2) float64; the last axis is val, test.
+    resampled: (networks, 2, resamples) float64: first probe, first metric.
+    intervals: (probes, metrics, 2) low and high of the pretrained, on test.
+    strengths: (networks, probes) chosen on val; NaN where a probe has none.
+    converged: (networks, probes) bool.
+  """
+
+  values: np.ndarray
+  resampled: np.ndarray
+  intervals: np.ndarray
+  strengths: np.ndarray
+  converged: np.ndarray
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes the arrays, atomically."""
+    with files.atomic_path(path) as temporary, open(temporary, "wb") as f:
+      np.savez(f, **dataclasses.asdict(self))
+
+  @classmethod
+  def load(cls, path: pathlib.Path) -> "Measured":
+    """Reads what `save` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+      return cls(**stored)
+
+
+def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
+  """Runs the job.
+
+  Args:
+    config: as configs/layers.py makes it.
+    workdir: a claimed directory; what is there already is not done again.
+
+  Returns:
+    The exit code: 0, or 1 where images could not be read.
+
+  Raises:
+    UsageError: the config, the source or the weights cannot be used.
+    RunError: too many images cannot be read.
+  """
+  plan = make_plan(config)
+  source = loading.resolve_weights(plan.network, config.network.weights)
+  networks = _networks(config, plan, source)
+  examples = sources.open_source(config.data)
+  divided, notes = _divide(config, examples, workdir.path)
+  label = next(iter(networks))
+  devices = parallel.Devices(config.parallel)
+  begun = workdir.begin(str(devices))
+  counts = {name: len(rows) for name, rows in divided.items()}
+  print(
+    f"{sum(counts.values()):,} images of {len(examples.classes):,} classes"
+    f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())});"
+    f" {plan.network} with {label} and {plan.seeds} random initialisations;"
+    f" {len(plan.taps)} taps on {devices}",
+    flush=True,
+  )
+
+  started = time.monotonic()
+  images = features.Images(
+    examples=examples,
+    rows=np.sort(np.concatenate(list(divided.values()))),
+    image_size=config.data.image_size,
+    mean=source.mean,
+    std=source.std,
+    batch_size=config.batch_size,
+    workers=config.data.workers,
+    max_failures=config.data.max_failures,
+  )
+  extracted = features.extract(
+    images,
+    networks,
+    plan.taps,
+    devices,
+    workdir.path / "features",
+    workdir.log,
+  )
+  failures = extracted[label].failures()
+  if failures:
+    pipeline.write_failures(workdir.path / "failures.csv", failures)
+  extracting = time.monotonic() - started
+
+  started = time.monotonic()
+  measured = _measure(config, plan, examples, divided, extracted, workdir)
+  probing = time.monotonic() - started
+
+  started = time.monotonic()
+  costs = _costs(config, plan, networks[label], images, devices)
+  costing = time.monotonic() - started
+
+  results = _results(config, plan, label, examples, divided, measured, costs)
+  summary = results["summary"]
+  summary |= {
+    "failures": len(failures),
+    "normalisation": {"mean": list(source.mean), "std": list(source.std)},
+    "weights_sha256": source.sha256,
+    "seconds": {"extracting": extracting, "probing": probing, "cost": costing},
+    "run": begun,
+  }
+  summary["notes"] = [*examples.notes, *notes, *summary["notes"]]
+  page.write(workdir.path, results)
+  # Last of all: it is the sign that the run is finished.
+  files.write_json(workdir.path / "results.json", results)
+  _print(results)
+  print(
+    f"\n{summary['sentence']}\n\n{workdir.path / 'report.html'}", flush=True
+  )
+  return 1 if failures else 0
+
+
+def make_plan(config: ml_collections.ConfigDict) -> Plan:
+  """Checks what can be checked without opening anything.
+
+  Raises:
+    UsageError: naming the key.
+  """
+  configuration.positive(
+    config,
+    "batch_size",
+    "cost_batch_size",
+    "data.image_size",
+    "resamples",
+    "seeds",
+  )
+  configuration.one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  configuration.one_of("metric", config.metric, classification.METRICS)
+  if config.tolerance < 0:
+    raise errors.UsageError(
+      f"config.tolerance is {config.tolerance}; a loss of zero or more"
+    )
+  if not config.strengths or min(config.strengths) <= 0:
+    raise errors.UsageError(
+      f"config.strengths is {config.strengths}; it must be positive numbers"
+    )
+  if not config.network.weights:
+    raise errors.UsageError(
+      "config.network.weights is empty; this job compares pretrained weights"
+      " with random ones: name some, or give a file"
+    )
+  kinds = tuple(kind.strip() for kind in config.probes.split(","))
+  for kind in kinds:
+    configuration.one_of("probes", kind, probes.KINDS)
+  taps = zoo.select_taps(
+    config.network.name, config.taps, config.network.until or None
+  )
+  others = [m for m in classification.METRICS if m != config.metric]
+  return Plan(
+    network=config.network.name,
+    taps=tuple(taps),
+    probes=kinds,
+    metrics=(config.metric, *others),
+    seeds=config.seeds,
+  )
+
+
+def _divide(
+  config: ml_collections.ConfigDict,
+  examples: sources.Examples,
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Draws the splits, or reads those of the run that goes on."""
+  stored = path / "splits.json"
+  if stored.exists():
+    divided = splitting.load_splits(stored, examples.names)
+  else:
+    divided = splitting.make_splits(
+      examples.labels,
+      examples.groups,
+      examples.splits,
+      config.data.split_fractions,
+      config.seed,
+    )
+    if config.data.few_shot:
+      divided["train"] = splitting.few_shot(
+        divided["train"],
+        examples.labels,
+        examples.groups,
+        config.data.few_shot,
+        config.seed,
+      )
+  for name, rows in divided.items():
+    if not len(rows):
+      raise errors.UsageError(
+        f"the {name} split is empty; this job needs train, val and test"
+      )
+  notes = splitting.check_splits(
+    divided,
+    examples.labels,
+    examples.groups,
+    examples.names,
+    examples.classes,
+  )
+  if len(examples.classes) < 2:
+    raise errors.UsageError(
+      f"{config.data.source} has one class, {examples.classes[0]!r};"
+      " a probe needs two"
+    )
+  if examples.groups is None:
+    notes.append(
+      "The source names no groups (patients): images were divided and"
+      " resampled one by one. Scores are too high and intervals too narrow"
+      " where images of one patient are alike."
+    )
+  splitting.save_splits(stored, divided, examples.names)
+  return divided, notes
+
+
+def _networks(
+  config: ml_collections.ConfigDict, plan: Plan, source: loading.Source
+) -> dict[str, Network]:
+  """Makes the pretrained network, first, and those with random weights."""
+  settings = {"until": plan.taps[-1], "dtype": jnp.dtype(config.dtype)}
+  networks = {
+    source.label: loading.create_model(plan.network, weights=source, **settings)
+  }
+  for seed in range(plan.seeds):
+    networks[f"random-{seed}"] = loading.create_model(
+      plan.network, seed=config.seed + seed, **settings
+    )
+  return networks
+
+
+def _measure(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  examples: sources.Examples,
+  divided: Mapping[str, np.ndarray],
+  extracted: Mapping[str, features.Features],
+  workdir: workdirs.Workdir,
+) -> list[Measured]:
+  """Probes every tap, or reads what an earlier run of it measured."""
+  rows = next(iter(extracted.values())).rows()
+  # Positions in the features of the rows of each split that could be read.
+  where = {name: np.isin(rows, split) for name, split in divided.items()}
+  labels = {name: examples.labels[rows[m]] for name, m in where.items()}
+  weights = {
+    split: bootstrap.resample_weights(
+      labels[split],
+      None
+      if examples.groups is None
+      else [examples.groups[row] for row in rows[where[split]]],
+      config.resamples,
+      config.seed,
+    )
+    for split in SPLITS
+  }
+  determines = [
+    [str(f.directory.name) for f in extracted.values()],
+    [hashlib.sha256(m.tobytes()).hexdigest() for m in where.values()],
+    [plan.probes, plan.metrics, config.strengths, config.resamples],
+    config.seed,
+  ]
+  digest = hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
+  found = []
+  for tap in tqdm.tqdm(plan.taps, desc="probing", unit=" taps", disable=None):
+    stored = workdir.path / "features" / f"probes-{digest}" / f"{tap}.npz"
+    if not stored.exists():
+      _probe(
+        plan,
+        tap,
+        config.strengths,
+        where,
+        labels,
+        weights,
+        extracted,
+        len(examples.classes),
+      ).save(stored)
+    found.append(Measured.load(stored))
+    score = float(found[-1].values[0, 0, 0, 1])
+    workdir.log(event="probe", tap=tap, **{plan.metrics[0]: score})
+  return found
+
+
+def _probe(
+  plan: Plan,
+  tap: str,
+  strengths: Sequence[float],
+  where: Mapping[str, np.ndarray],
+  labels: Mapping[str, np.ndarray],
+  weights: Mapping[str, np.ndarray],
+  extracted: Mapping[str, features.Features],
+  num_classes: int,
+) -> Measured:
+  """Fits every probe on one tap of all networks, and scores it."""
+  networks = list(extracted.values())
+  shape = (len(networks), len(plan.probes))
+  values = np.empty((*shape, len(plan.metrics), len(SPLITS)))
+  intervals = np.empty((len(plan.probes), len(plan.metrics), 2))
+  chosen, converged = np.empty(shape), np.empty(shape, bool)
+  resampled = np.empty((len(networks), len(SPLITS), len(weights["test"])))
+  first = networks[0].tap(tap)
+  # As many networks at a time as fit: all of them but for large sources.
+  together = max(1, _PROBED_BYTES // first.nbytes)
+  for start in range(0, len(networks), together):
+    some = networks[start : start + together]
+    stacked = np.stack([network.tap(tap) for network in some])
+    parts = {name: stacked[:, mask] for name, mask in where.items()}
+    for p, kind in enumerate(plan.probes):
+      try:
+        fitted = probes.fit_probe(
+          kind,
+          parts["train"],
+          labels["train"],
+          parts["val"],
+          labels["val"],
+          parts["test"],
+          strengths,
+          plan.metrics[0],
+          num_classes,
+        )
+      except ValueError as e:
+        raise errors.RunError(f"{kind} probe of {tap}: {e}") from e
+      here = slice(start, start + len(some))
+      chosen[here, p], converged[here, p] = fitted.strength, fitted.converged
+      for s, split in enumerate(SPLITS):
+        for r, scores in enumerate(getattr(fitted, f"{split}_scores"), start):
+          for m, name in enumerate(plan.metrics):
+            metric = classification.METRICS[name]
+            values[r, p, m, s] = metric(labels[split], scores)
+            main = p == 0 and m == 0
+            if main or (r == 0 and split == "test"):
+              again = metric(labels[split], scores, weights[split])
+              if main:
+                resampled[r, s] = again
+              if r == 0 and split == "test":
+                intervals[p, m] = bootstrap.interval(again)
+  return Measured(values, resampled, intervals, chosen, converged)
+
+
+def _costs(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  network: Network,
+  images: features.Images,
+  devices: parallel.Devices,
+) -> list[dict[str, float]]:
+  """Cuts the network at every tap and measures what the cut one costs."""
+  layers = {
+    layer.name: layer
+    for layer in zoo.list_layers(plan.network, images.image_size)
+  }
+  values = tensors.dump(network)
+  size = devices.batch_size(config.cost_batch_size)
+  pixels = np.random.default_rng(config.seed).integers(
+    0, 256, (size, images.image_size, images.image_size, 3), np.uint8
+  )
+  batch = devices.put(pixels)
+  found = []
+  for tap in tqdm.tqdm(
+    plan.taps, desc="timing cuts", unit=" taps", disable=None
+  ):
+    cut = zoo.build(plan.network, until=tap, dtype=jnp.dtype(config.dtype))
+    tensors.load(cut, {name: values[name] for name in tensors.shapes(cut)})
+    graph, state = nnx.split(cut)
+
+    def forward(
+      state: nnx.State, x: jax.Array, graph: nnx.GraphDef = graph
+    ) -> jax.Array:
+      x = preprocess.preprocess(x, images.mean, images.std)
+      return nnx.merge(graph, state)(x)
+
+    state = devices.replicate(state)
+    program = devices.compile(forward).lower(state, batch).compile()
+    speed = cost.measure_forward(program, (state, batch), size)
+    layer = layers[tap]
+    found.append(
+      {
+        "channels": layer.channels,
+        "params": layer.params,
+        "macs": layer.macs,
+        "images_per_second": speed.median,
+        "peak_memory_bytes": cost.peak_memory(program),
+      }
+    )
+  return found
+
+
+def _results(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  label: str,
+  examples: sources.Examples,
+  divided: Mapping[str, np.ndarray],
+  measured: Sequence[Measured],
+  costs: Sequence[Mapping[str, float]],
+) -> dict[str, Any]:
+  """Turns arrays into the rows and the summary of results.json."""
+  metric, probe = plan.metrics[0], plan.probes[0]
+  val, test = ({"split": s, "n": len(divided[s])} for s in SPLITS)
+  rows = _score_rows(plan, label, measured, val, test)
+
+  # (networks, 2, taps, resamples): the same resamples everywhere, so that
+  # differences between networks and between taps are paired.
+  resampled = np.stack([one.resampled for one in measured], axis=2)
+  values = np.stack([one.values[:, 0, 0] for one in measured], axis=2)
+  main = {"tap": None, "probe": probe}
+  pretrained = {"weights": label, "seed": None, **main}
+  random = {"weights": "random", "seed": None, **main}
+  gains = gain.gain(values[0, 1], values[1:, 1])
+  gains_again = gain.gain(resampled[0, 1], resampled[1:, 1])
+  spread = gain.seed_spread(values[1:, 1])
+  marginal = gain.marginal_gain(values[0, 1])
+  marginal_again = gain.marginal_gain(resampled[0, 1])
+  mean_again = resampled[1:, 1].mean(0)
+  cut = gain.choose_cut(values[0, 0], resampled[0, 0], config.tolerance)
+  against = values[0, 0] - values[0, 0][cut.best]
+  against_again = resampled[0, 0] - resampled[0, 0][cut.best]
+  for t, tap in enumerate(plan.taps):
+    for base, name, split, value, again in (
+      (random, metric, test, values[1:, 1, t].mean(), mean_again[t]),
+      (random, f"{metric}:seed_sd", test, spread[t], None),
+      (pretrained, f"{metric}:gain", test, gains[t], gains_again[t]),
+      (
+        pretrained,
+        f"{metric}:marginal_gain",
+        test,
+        marginal[t],
+        marginal_again[t],
+      ),
+      (
+        pretrained,
+        f"{metric}:against_best",
+        val,
+        against[t],
+        against_again[t],
+      ),
+    ):
+      interval = None if again is None else bootstrap.interval(again)
+      rows.append(_row(base | split | {"tap": tap}, name, value, interval))
+    for name, value in costs[t].items():
+      rows.append(_row({"weights": label, "tap": tap}, name, value))
+  rows = [{**row, "network": plan.network} for row in rows]
+
+  gain_low = np.array([bootstrap.interval(again)[0] for again in gains_again])
+  notes = []
+  if not (gain_low > 0).any():
+    notes.append(
+      "At no tap does the interval of the gain lie above zero: on these images"
+      " the pretrained weights are not shown to be worth more than random ones."
+    )
+  unfinished = sum(int((~one.converged).sum()) for one in measured)
+  if unfinished:
+    notes.append(
+      f"{unfinished} fits of a probe stopped before they had converged."
+    )
+  groups = None
+  if examples.groups is not None:
+    groups = {
+      name: len({examples.groups[row] for row in split})
+      for name, split in divided.items()
+    }
+  units = "images" if groups is None else "groups"
+  count = len(divided["test"]) if groups is None else groups["test"]
+  low, high = bootstrap.interval(resampled[0, 1, cut.index])
+  return {
+    "job": "layers",
+    "summary": {
+      "sentence": _sentence(
+        plan,
+        cut,
+        values[0, 1],
+        (low, high),
+        (gains, [bootstrap.interval(again) for again in gains_again]),
+        costs,
+      ),
+      "rule": (
+        gain.rule(config.tolerance, _in_words(metric))
+        + " The best tap and the interval come from the validation split."
+      ),
+      "cut": plan.taps[cut.index],
+      "best": plan.taps[cut.best],
+      "metric": metric,
+      "probe": probe,
+      "tolerance": config.tolerance,
+      "network": plan.network,
+      "weights": label,
+      "data": config.data.source,
+      "classes": examples.classes,
+      "taps": list(plan.taps),
+      "seeds": plan.seeds,
+      "rows": {name: len(split) for name, split in divided.items()},
+      "groups": groups,
+      "notes": notes,
+      "interval": (
+        f"95 % percentile bootstrap over {count:,} {units} of the test split,"
+        f" {config.resamples:,} resamples, paired between networks and taps"
+      ),
+    },
+    "measurements": rows,
+  }
+
+
+def _score_rows(
+  plan: Plan,
+  label: str,
+  measured: Sequence[Measured],
+  val: Mapping[str, Any],
+  test: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+  """Returns a row for every tap, network, probe, metric and split."""
+  rows = []
+  for tap, one in zip(plan.taps, measured, strict=True):
+    for p, probe in enumerate(plan.probes):
+      for r in range(1 + plan.seeds):
+        network = (
+          {"weights": "random", "seed": r - 1}
+          if r
+          else {"weights": label, "seed": None}
+        )
+        base = {"tap": tap, "probe": probe, **network}
+        if not np.isnan(one.strengths[r, p]):
+          strength = one.strengths[r, p]
+          rows.append(_row(base | val, "strength", strength))
+        for m, metric in enumerate(plan.metrics):
+          scores = one.values[r, p, m]
+          rows.append(_row(base | val, metric, scores[0]))
+          interval = None if r else one.intervals[p, m]
+          rows.append(_row(base | test, metric, scores[1], interval))
+  return rows
+
+
+def _row(
+  base: Mapping[str, Any],
+  metric: str,
+  value: float,
+  interval: Sequence[float] | None = None,
+) -> dict[str, Any]:
+  low, high = (None, None) if interval is None else interval
+  numbers = {"value": value, "low": low, "high": high}
+  empty = dict.fromkeys(("weights", "tap", "probe", "split", "n", "seed"))
+  return {
+    **empty,
+    **base,
+    "metric": metric,
+    **{name: _finite(number) for name, number in numbers.items()},
+  }
+
+
+def _finite(number: float | None) -> float | None:
+  """JSON has no NaN: what could not be measured is null."""
+  return float(number) if number is not None and np.isfinite(number) else None
+
+
+def _sentence(
+  plan: Plan,
+  cut: gain.Cut,
+  scores: np.ndarray,
+  interval: tuple[float, float],
+  gains: tuple[np.ndarray, Sequence[tuple[float, float]]],
+  costs: Sequence[Mapping[str, float]],
+) -> str:
+  """Says in words where to cut, what it costs and what pretraining gave."""
+  here, full = costs[cut.index], costs[-1]
+  metric = _in_words(plan.metrics[0])
+  tap, deepest = plan.taps[cut.index], plan.taps[-1]
+  score = f"{scores[cut.index]:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+  low, high = gains[1][cut.index]
+  worth = (
+    f"There the pretrained weights are worth {gains[0][cut.index]:+.3f}"
+    f" [{low:+.3f}, {high:+.3f}] {metric} over random ones."
+  )
+  if cut.index == len(plan.taps) - 1:
+    return f"Keep all layers up to {tap}: {score} {metric}. {worth}"
+  return (
+    f"Cut after {tap}: {score} {metric} against {scores[-1]:.3f} at {deepest},"
+    f" with {100 * here['params'] / full['params']:.0f} % of the parameters and"
+    f" {here['images_per_second'] / full['images_per_second']:.1f}x the speed."
+    f" {worth}"
+  )
+
+
+def _in_words(metric: str) -> str:
+  return metric.upper() if metric.startswith("au") else metric.replace("_", " ")
+
+
+def _print(results: Mapping[str, Any]) -> None:
+  """Prints the curve as a table."""
+  summary = results["summary"]
+  metric = summary["metric"]
+  found = {
+    (row["tap"], row["metric"], row["weights"]): row
+    for row in results["measurements"]
+    if row["seed"] is None
+    and row["split"] in ("test", None)
+    and row["probe"] in (summary["probe"], None)
+  }
+
+  def cell(tap: str, name: str, weights: str) -> str:
+    row = found[tap, name, weights]
+    if row["value"] is None:
+      return "-"
+    if row["low"] is None:
+      return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+  header = ("tap", metric, "random", "gain", "params", "images/s")
+  widths = (24, 22, 22, 24, 8, 9)
+  print()
+  print(" ".join(n.ljust(w) for n, w in zip(header, widths, strict=True)))
+  for tap in summary["taps"]:
+    weights = summary["weights"]
+    cells = (
+      tap + (" <- cut" if tap == summary["cut"] else ""),
+      cell(tap, metric, weights),
+      cell(tap, metric, "random"),
+      cell(tap, f"{metric}:gain", weights),
+      f"{found[tap, 'params', weights]['value'] / 1e6:.2f} M",
+      f"{found[tap, 'images_per_second', weights]['value']:.1f}",
+    )
+    print(" ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)))

@@ -5,7 +5,6 @@ jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/l1 \
 """
 
 import importlib
-import logging
 import re
 import shlex
 import signal
@@ -67,8 +66,6 @@ def _preempt(*_) -> None:  # noqa: ANN002
 def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
-  # JAX tells every user of a CPU that it found no TPU.
-  logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
   signal.signal(signal.SIGTERM, _preempt)
   if flags.FLAGS["verbosity"].using_default_value:
     # absl's own default lets every library tell what it does.

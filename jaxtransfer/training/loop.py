@@ -88,7 +88,7 @@ class Fitted:
   epoch: int
   records: list[Record]
   notes: list[str]
-  failures: pipeline.Failures
+  failures: list[tuple[str, str]]
 
 
 class _Preempted(Exception):
@@ -290,7 +290,7 @@ def predict(
   return np.concatenate(rows), np.concatenate(logits)
 
 
-def filled(batch: pipeline.Batch) -> pipeline.Batch:
+def filled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Puts readable images in the place of those that are not, for BatchNorm.
 
   Their mask stays False, so they count for nothing in the loss; a black image

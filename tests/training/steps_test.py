@@ -1,0 +1,215 @@
+"""The step: the same in both modes and on any devices, exact in its parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from jaxtransfer import errors, parallel
+from jaxtransfer.training import steps
+from tests.training import examples
+
+
+def _train(
+  recipe, network=None, mode="jit", count=1, number=3, change=lambda b: b
+):
+  """Returns the state after some steps, on the host, and their losses."""
+  network = network or examples.network()
+  devices = parallel.Devices(mode, jax.devices()[:count])
+  graph, _, _ = steps.take_apart(network)
+  step = devices.compile_step(steps.make_step(graph, recipe))
+  state = devices.replicate(steps.first_state(network, recipe, seed=1))
+  losses = []
+  for i in range(number):
+    batch = change(examples.batch(i, masked=2))
+    state, metrics = step(state, devices.put(batch))
+    losses.append(float(metrics["loss"]))
+  return jax.device_get(state), np.array(losses)
+
+
+def _largest(one, other):
+  differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, other)
+  return max(jax.tree.leaves(differences))
+
+
+def test_jit_and_pmap_and_one_and_eight_devices_train_alike():
+  """Gradients and BatchNorm's statistics are those of the whole batch, so how
+  it is divided changes nothing but the order of sums: 20 steps in float32."""
+  network = examples.network("layer1.0")
+  recipe = examples.recipe(
+    optimiser=examples.optimiser(learning_rate=0.01), average=0.9
+  )
+  runs = [
+    _train(recipe, network, mode, count, number=20)
+    for mode, count in (("jit", 1), ("jit", 8), ("pmap", 8))
+  ]
+  for state, losses in runs[1:]:
+    np.testing.assert_allclose(losses, runs[0][1], atol=1e-5)
+    assert _largest(state.params, runs[0][0].params) < 1e-4
+    assert _largest(state.statistics, runs[0][0].statistics) < 1e-4
+  assert runs[0][1][-1] != runs[0][1][0]
+
+
+def test_statistics_of_one_device_are_another_training_alike_in_both_modes():
+  """Each of four devices normalises its own four images; what is kept is the
+  mean over the devices, the same on all."""
+  recipe = examples.recipe(batch_norm="train_per_device")
+  jit, losses = _train(recipe, mode="jit", count=4)
+  pmap, again = _train(recipe, mode="pmap", count=4)
+  np.testing.assert_allclose(losses, again, atol=1e-5)
+  assert _largest(jit.statistics, pmap.statistics) < 1e-5
+  _, together = _train(examples.recipe(), count=4)
+  assert np.abs(together - losses).max() > 1e-3
+
+
+def test_an_image_without_mask_counts_for_nothing():
+  """With BatchNorm's running statistics images do not see each other, so the
+  pixels and the label of one that is masked cannot matter at all."""
+  recipe = examples.recipe(batch_norm="eval")
+
+  def spoil(batch):
+    hidden = ~batch["mask"]
+    image = np.where(hidden[:, None, None, None], 255, batch["image"])
+    return {
+      **batch,
+      "image": image.astype(np.uint8),
+      "label": np.where(hidden, -1, batch["label"]).astype(np.int32),
+    }
+
+  one, losses = _train(recipe)
+  other, again = _train(recipe, change=spoil)
+  assert losses.tolist() == again.tolist()
+  assert _largest(one.params, other.params) == 0
+  assert one.sums["decisions"] == 3 * 14
+
+
+def test_a_batch_without_any_image_is_no_number_nowhere():
+  state, losses = _train(
+    examples.recipe(),
+    number=1,
+    change=lambda b: {**b, "mask": np.zeros(16, bool)},
+  )
+  assert losses == [0.0]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_parts_of_a_batch_add_up_to_it():
+  """Gradients are sums over images, so four parts give what one gives."""
+  whole, losses = _train(examples.recipe(batch_norm="eval"))
+  parts, again = _train(examples.recipe(batch_norm="eval", accumulate=4))
+  np.testing.assert_allclose(losses, again, atol=1e-5)
+  assert _largest(whole.params, parts.params) < 1e-5
+  assert _largest(whole.sums, parts.sums) < 1e-3
+
+
+@pytest.mark.parametrize(
+  ("changes", "moves"),
+  [
+    ({"frozen": 2}, {"head"}),
+    ({"frozen": 1}, {"layers.1", "head"}),
+    ({"batch_norm": "frozen"}, {"layers.0", "layers.1", "head"}),
+    ({}, {"layers.0", "layers.1", "head"}),
+  ],
+)
+def test_what_is_kept_is_kept_bit_by_bit(changes, moves):
+  """Parameters and running statistics of layers that are not trained, and, with
+  frozen BatchNorm, all scales, biases and statistics."""
+  network = examples.network("layer1.0")
+  recipe = examples.recipe(**changes)
+  _, params, statistics = steps.take_apart(network)
+  before = jax.device_get({**params, **statistics})
+  state, _ = _train(recipe, network, number=1)
+  after = {**state.kept, **state.params, **state.statistics}
+  assert after.keys() == before.keys()
+  changed = {n for n in after if (after[n] != before[n]).any()}
+  owners = {".".join(n.split(".")[:2]) for n in changed}
+  assert {o if o.startswith("layers") else "head" for o in owners} == moves
+  if recipe.batch_norm == "frozen":
+    trunk = {n for n in changed if not n.startswith("head")}
+    assert all(n.endswith("kernel") for n in trunk)
+
+
+def test_the_average_follows_its_recursion():
+  """a <- d a + (1 - d) p, after each step, from the first parameters."""
+  recipe = examples.recipe(average=0.75)
+  start = jax.device_get(steps.first_state(examples.network(), recipe, 1))
+  average = start.average
+  for number in (1, 2, 3):
+    state, _ = _train(recipe, number=number)
+    average = jax.tree.map(
+      lambda a, p: 0.75 * a + 0.25 * p, average, state.params
+    )
+  assert _largest(state.average, average) < 1e-6
+  assert _largest(state.average, state.params) > 1e-5
+  judged, _ = steps.trained_numbers(state)
+  assert _largest(judged, state.average) == 0
+
+
+def test_bfloat16_computes_and_float32_stays():
+  """Half the mantissa moves the loss by a little; parameters stay float32."""
+  _, exact = _train(examples.recipe(), number=1)
+  state, losses = _train(
+    examples.recipe(), examples.network(dtype=jnp.bfloat16), number=1
+  )
+  assert losses == pytest.approx(exact, rel=0.03) and losses != exact
+  kinds = {x.dtype for x in jax.tree.leaves((state.params, state.statistics))}
+  assert kinds == {np.dtype("float32")}
+
+
+def test_the_flatten_head_reads_every_place_of_the_map():
+  """Its weight has torch's order, channels then rows then columns."""
+  network = examples.network(flatten=16)
+  x_NHWC = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)))
+  map_NHWC = network.taps(x_NHWC, ["stem"], pool=False)["stem"]
+  flat = np.asarray(map_NHWC).transpose(0, 3, 1, 2).reshape(2, -1)
+  expected = flat @ np.asarray(network.head.kernel[...])
+  found = network(x_NHWC) - network.head.bias[...]
+  assert network.head.kernel.shape == (64 * 4 * 4, 3)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_cross_entropy_is_torchs():
+  """torch.nn.CrossEntropyLoss(weight, label_smoothing): the smoothed targets
+  are weighted by class, the mean is over the weights of the true classes."""
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(9, 4)), rng.integers(0, 4, 9)
+  weights = rng.uniform(0.5, 2, 4)
+  loss = steps.Loss(
+    np.eye(4, dtype=np.float32), False, weights.astype(np.float32), 0.1
+  )
+  log_p = special.log_softmax(logits, axis=1)
+  targets = 0.9 * np.eye(4)[labels] + 0.1 / 4
+  expected = -(targets * weights * log_p).sum(1)
+  logits = jnp.asarray(logits, jnp.float32)
+  np.testing.assert_allclose(loss(logits, labels), expected, rtol=1e-5)
+  np.testing.assert_allclose(loss.weight(labels), weights[labels], rtol=1e-6)
+  assert loss.weight(jnp.array([-1, 0]))[0] == 0
+
+
+def test_several_labels_are_a_sigmoid_each_and_missing_ones_are_nothing():
+  """torch.nn.BCEWithLogitsLoss(pos_weight) over the labels that are known."""
+  rng = np.random.default_rng(0)
+  targets = np.array([[1, 0, np.nan], [0, np.nan, np.nan], [1, 1, 0]])
+  logits = rng.normal(size=(3, 3))
+  positive = np.array([2.0, 1.0, 0.5])
+  loss = steps.Loss(
+    targets.astype(np.float32), True, positive.astype(np.float32), 0.0
+  )
+  p = special.expit(logits)
+  each = -(positive * targets * np.log(p) + (1 - targets) * np.log(1 - p))
+  labels = np.arange(3)
+  found = loss(jnp.asarray(logits, jnp.float32), labels)
+  np.testing.assert_allclose(found, np.nansum(each, 1), rtol=1e-5)
+  np.testing.assert_allclose(loss.weight(labels), [2, 1, 3])
+  gradient = jax.grad(lambda x: loss(x, labels).sum())(jnp.asarray(logits))
+  assert (np.asarray(gradient)[np.isnan(targets)] == 0).all()
+  right, known = loss.hits(jnp.asarray(logits), labels)
+  expected = ((logits > 0) == (targets == 1)) & ~np.isnan(targets)
+  assert right.tolist() == expected.sum(1).tolist()
+  assert known.tolist() == [2, 1, 3]
+
+
+def test_a_network_without_a_head_is_refused():
+  with pytest.raises(errors.UsageError, match="without a head"):
+    steps.first_state(examples.network(num_classes=None), examples.recipe(), 0)

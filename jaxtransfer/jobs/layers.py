@@ -14,6 +14,7 @@ import hashlib
 import json
 import pathlib
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -242,9 +243,13 @@ def _divide(
         config.seed,
       )
   for name, rows in divided.items():
-    if not len(rows):
+    present = {examples.classes[c] for c in examples.labels[rows]}
+    if len(present) < 2:
       raise errors.UsageError(
-        f"the {name} split is empty; this job needs train, val and test"
+        f"the {name} split of {config.data.source} has"
+        f" {len(rows)} images of {len(present)} classes"
+        f" ({', '.join(present) or 'none'}); train, val and test need two each:"
+        " more images, other groups or other config.data.split_fractions"
       )
   notes = splitting.check_splits(
     divided,
@@ -253,11 +258,6 @@ def _divide(
     examples.names,
     examples.classes,
   )
-  if len(examples.classes) < 2:
-    raise errors.UsageError(
-      f"{config.data.source} has one class, {examples.classes[0]!r};"
-      " a probe needs two"
-    )
   if examples.groups is None:
     notes.append(
       "The source names no groups (patients): images were divided and"
@@ -315,6 +315,8 @@ def _measure(
   ]
   digest = hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
   found = []
+  # Said once, by name, among the report's notes.
+  warnings.simplefilter("ignore", classification.AbsentClassWarning)
   for tap in tqdm.tqdm(plan.taps, desc="probing", unit=" taps", disable=None):
     stored = workdir.path / "features" / f"probes-{digest}" / f"{tap}.npz"
     if not stored.exists():

@@ -1,0 +1,161 @@
+"""The loop: what it chooses, when it ends, and on which devices it goes on."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtransfer import errors, parallel
+from jaxtransfer.data import pipeline, sources
+from jaxtransfer.training import loop, optimisers
+from tests.training import examples
+
+
+class _Drawn(sources.Examples):
+  """Images of noise, brighter in the higher classes."""
+
+  def __init__(self, count=32):
+    labels = np.arange(count, dtype=np.int32) % 3
+    names = [str(i) for i in range(count)]
+    super().__init__(classes=list("abc"), labels=labels, names=names)
+
+  def read(self, row):
+    rng = np.random.default_rng(row)
+    return rng.integers(0, 100 + 70 * self.labels[row], (16, 16, 3), np.uint8)
+
+
+class _Memory:
+  """Keeps the lines of metrics.jsonl."""
+
+  def __init__(self):
+    self.lines = []
+
+  def log(self, **values):
+    self.lines.append(values)
+
+  def replace_log(self, records):
+    self.lines = list(records)
+
+
+def _fit(
+  path, *, count=1, epochs=3, schedule="constant", scores=None, **changes
+):
+  data = _Drawn()
+  settings = loop.Settings(
+    epochs=epochs,
+    metric="auroc",
+    log_steps=1,
+    checkpoint_steps=2,
+    checkpoints=2,
+    images=32,
+    max_failures=0.0,
+  )
+  given = iter(scores or [])
+
+  def score(rows, logits):
+    assert rows.tolist() == list(range(8)) and logits.shape == (8, 3)
+    return next(given, {"loss": 1.0, "auroc": 0.5})
+
+  def batches(rows, **options):
+    return pipeline.Batches(
+      data, np.arange(rows), image_size=16, batch_size=8, **options
+    )
+
+  memory = _Memory()
+  fitted = loop.fit(
+    examples.network(),
+    examples.recipe(**changes),
+    optimisers.Schedule(schedule, 0.0, 0.5, 0, 0.02),
+    settings,
+    train=batches(32, shuffle_seed=0, epochs=epochs, drop_last=True),
+    validate=lambda: batches(8),
+    score=score,
+    devices=parallel.Devices("jit", jax.devices()[:count]),
+    directory=path,
+    journal=memory,
+    seed=0,
+  )
+  assert memory.lines == fitted.records
+  return fitted
+
+
+def test_the_best_epoch_is_kept_and_training_goes_on(tmp_path):
+  """Epoch 2 scores best: what comes back is what the network was after the
+  second epoch, which a training of two epochs ends with."""
+  scores = [{"loss": 1.0, "auroc": a} for a in (0.6, 0.9, 0.7)]
+  fitted = _fit(tmp_path / "three", scores=scores)
+  assert fitted.epoch == 2 and len(loop.epochs_of(fitted.records)) == 3
+  two = _fit(tmp_path / "two", epochs=2, scores=scores)
+  for name, value in two.numbers[0].items():
+    np.testing.assert_array_equal(fitted.numbers[0][name], value)
+
+
+def test_plateau_lowers_the_rate_and_ends_below_its_floor(tmp_path):
+  """Patience 0 and a loss that stays: 0.05 becomes 0.025 after the second
+  epoch and 0.0125, below the floor of 0.02, after the third of ten."""
+  fitted = _fit(tmp_path, epochs=10, schedule="plateau")
+  assert len(loop.epochs_of(fitted.records)) == 3
+  rates = [r["learning_rate"] for r in fitted.records if r["event"] == "train"]
+  assert rates == pytest.approx([0.05] * 8 + [0.025] * 4)
+
+
+def test_going_on_with_other_devices_is_said(tmp_path):
+  """The last epoch is done again on two devices: nearly the same numbers, and
+  a note that they are not exactly so."""
+  whole = _fit(tmp_path / "whole", epochs=2)
+
+  class Stop(Exception):
+    pass
+
+  def interrupted():
+    yield {"loss": 1.0, "auroc": 0.5}
+    raise Stop
+
+  with pytest.raises(Stop):
+    _fit(tmp_path / "run", epochs=2, scores=interrupted())
+  resumed = _fit(tmp_path / "run", epochs=2, count=2)
+  assert len(resumed.notes) == 1 and "only up to rounding" in resumed.notes[0]
+  assert [r["step"] for r in resumed.records] == [
+    r["step"] for r in whole.records
+  ]
+  for name, value in whole.numbers[0].items():
+    np.testing.assert_allclose(resumed.numbers[0][name], value, atol=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+  optimiser = examples.optimiser(learning_rate=1e30)
+  with pytest.raises(errors.RunError, match="lower config.optimiser.learning"):
+    _fit(tmp_path, optimiser=optimiser)
+
+
+def test_choosing_the_best_epoch():
+  """Less is better of a loss, more of the rest, the first of equals, and what
+  is not a number loses to any number."""
+
+  def best(metric, *values):
+    return loop.best_epoch(
+      [
+        {"event": "epoch", "epoch": i, "val": {metric: value}}
+        for i, value in enumerate(values, 1)
+      ],
+      metric,
+    )
+
+  assert best("auroc", 0.5, 0.7, 0.7) == 2
+  assert best("loss", 0.5, 0.3, 0.7) == 2
+  assert best("auroc", math.nan, 0.1) == 2
+  assert best("loss", math.nan, math.nan) == 1
+  assert best("loss") == 0
+
+
+def test_unreadable_images_are_replaced_for_the_statistics_alone():
+  """BatchNorm sees readable images there; the mask still hides them."""
+  batch = examples.batch(0, size=5)
+  batch["mask"] = np.array([True, False, True, False, False])
+  filled = loop.filled(batch)
+  image = batch["image"]
+  np.testing.assert_array_equal(filled["image"], image[[0, 0, 2, 2, 0]])
+  assert filled["mask"] is batch["mask"]
+  nothing = {**batch, "mask": np.zeros(5, bool)}
+  assert (loop.filled(nothing)["image"] == image).all()

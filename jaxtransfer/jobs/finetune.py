@@ -559,10 +559,12 @@ def _sentence(
       text += f" [{row['low']:.3f}, {row['high']:.3f}]"
     return f"{text} {word.replace('_', ' ')}"
 
-  others = [m for m in ("accuracy", "auroc") if m != config.metric]
+  # A loss chooses well and says little.
+  first = "auroc" if config.metric in loop.LOWER else config.metric
+  second = "auroc" if first == "accuracy" else "accuracy"
   return (
-    f"{plan.network} cut after {plan.last}, fine-tuned: {said(config.metric)}"
-    f" and {said(others[-1])} on the test split, with {params / 1e6:.2f} M"
+    f"{plan.network} cut after {plan.last}, fine-tuned: {said(first)}"
+    f" and {said(second)} on the test split, with {params / 1e6:.2f} M"
     f" parameters, after epoch {epoch} of {epochs}."
   )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtransfer import files
-from jaxtransfer.report import figures, layers, tables
+from jaxtransfer.report import figures, finetune, layers, tables
 from jaxtransfer.report.markup import (
   Content,
   Html,
@@ -19,6 +19,7 @@ from jaxtransfer.report.tables import Measurements
 # What each job shows; a job without an entry still gets its sentence, its
 # measurements and its settings.
 _CONTENT: dict[str, Callable[[Mapping[str, Any], Measurements], Content]] = {
+  "finetune": finetune.content,
   "layers": layers.content,
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxtransfer import workdir
+from jaxtransfer import errors, workdir
 from jaxtransfer.data import pipeline, preprocess, sources
 from jaxtransfer.jobs import finetune
 from jaxtransfer.weights import loading
@@ -251,3 +251,107 @@ def test_the_export_is_the_network_that_was_measured(finished, source):
   results = json.loads((finished / "results.json").read_text())
   assert confusion.tolist() == results["summary"]["confusion"]
   assert card["until"] == "stem" and card["classes"] == ["class 0", "class 1"]
+
+
+def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
+  """Findings that may be unknown, the flatten head, the head alone trained:
+  every switch at once still ends with numbers and an export that loads."""
+  rows = list(csv.DictReader(source.open()))
+  words = ("stripes", "stripes;old", "-", "?stripes;old")
+  for i, row in enumerate(rows):
+    row["path"] = str(source.parent / row["path"])
+    row["label"] = words[i % 4]
+  with open(tmp_path / "many.csv", "w", newline="") as f:
+    writer = csv.DictWriter(f, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  config = _config(
+    tmp_path / "many.csv",
+    **{
+      "many_labels": True,
+      "network.head": "flatten",
+      "train_from": "head",
+      "epochs": 1,
+      "average": 0.5,
+      "metric": "auroc",
+      "accumulate": 2,
+    },
+  )
+  assert _run(config, tmp_path / "run") == 0
+  results = json.loads((tmp_path / "run" / "results.json").read_text())
+  found = {
+    row["metric"]: row
+    for row in results["measurements"]
+    if row["split"] == "test"
+  }
+  assert found["auroc:old"]["value"] is not None
+  assert results["summary"]["classes"] == ["old", "stripes"]
+  export = tmp_path / "run" / "export" / "model.safetensors"
+  model = loading.create_model(
+    "resnet18", until="stem", weights=export, keep_head=True
+  )
+  assert model.head.kernel.shape == (64 * 8 * 8, 2)
+  start = loading.create_model(
+    "resnet18", until="stem", num_classes=2, flatten=32
+  )
+  trunk = start.layers[0].conv1.kernel[...]
+  np.testing.assert_array_equal(model.layers[0].conv1.kernel[...], trunk)
+
+
+@pytest.mark.parametrize(
+  ("changes", "says"),
+  [
+    ({"epochs": 0}, "config.epochs is 0"),
+    ({"batch_size": 12}, "multiple of 8: 8 devices"),
+    ({"metric": "kappa"}, "config.metric"),
+    ({"network.head": "mlp"}, "config.network.head"),
+    ({"network.until": "layer9"}, "layer9"),
+    ({"train_from": "layer2"}, "no layer 'layer2'"),
+    ({"batch_norm": "group"}, "config.batch_norm"),
+    ({"optimiser.name": "lion"}, "config.optimiser.name"),
+    ({"augment.crop": 0.0}, "config.augment.crop"),
+    ({"loss.label_smoothing": 1.0}, "config.loss.label_smoothing"),
+    ({"checkpoint_steps": 0}, "config.checkpoint_steps"),
+    ({"data.split_fractions": (0.8, 0.2, 0.0)}, "test split is empty"),
+  ],
+)
+def test_mistakes_are_said_before_any_work(source, tmp_path, changes, says):
+  """A usage error names the key, and the directory holds no run."""
+  with pytest.raises(errors.UsageError, match=says):
+    _run(_config(source, **changes), tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_recipe_of_the_embedded_weights_is_a_config_that_holds():
+  """What configs/cifar10.py asks for passes every check but the download."""
+  config = configs.load("cifar10")
+  plan = finetune.make_plan(config)
+  assert plan.network == "resnet18" and plan.until is None
+  assert config.epochs == 13 and config.loss.label_smoothing == 0.05
+  assert plan.schedule.name == "one_cycle" and plan.optimiser.name == "sgd"
+
+
+def test_unreadable_images_are_listed_and_limited(source, tmp_path):
+  """Two broken files of eighty: named, exit code 1, unless the limit is
+  lower."""
+  for name in ("run", "strict"):
+    (tmp_path / name).mkdir()
+  rows = list(csv.DictReader(source.open()))
+  for i, row in enumerate(rows):
+    row["path"] = str(source.parent / row["path"])
+    if i in (0, 41):
+      broken = tmp_path / f"broken{i}.png"
+      broken.write_text("no image")
+      row["path"] = str(broken)
+  with open(tmp_path / "broken.csv", "w", newline="") as f:
+    writer = csv.DictWriter(f, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  changes = {"epochs": 1, "data.max_failures": 0.2}
+  config = _config(tmp_path / "broken.csv", **changes)
+  assert _run(config, tmp_path / "run") == 1
+  listed = (tmp_path / "run" / "failures.csv").read_text()
+  assert "broken0.png" in listed and "broken41.png" in listed
+  config.data.max_failures = 0.0
+  with pytest.raises(errors.RunError, match="broken"):
+    _run(config, tmp_path / "strict")

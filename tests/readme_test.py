@@ -1,0 +1,130 @@
+"""Every command of the README does what it says there."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# Makes a run of any job small, without touching what the README says.
+SMALL = (
+  "--config.network.weights=weights.safetensors",
+  "--config.network.until=layer1",
+  "--config.data.image_size=32",
+  "--config.seeds=1",
+  "--config.resamples=20",
+  "--config.batch_size=8",
+  "--config.cost_batch_size=8",
+)
+
+
+def _blocks(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def _commands() -> list[str]:
+  lines = [line for block in _blocks("bash") for line in block.splitlines()]
+  return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A directory as a user's: configs, a manifest and small tiles."""
+  from jaxtransfer.networks import tensors, zoo  # noqa: PLC0415
+  from jaxtransfer.weights import loading  # noqa: PLC0415
+
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  rng = np.random.default_rng(0)
+  rows = ["path,label,group"]
+  for i in range(24):
+    pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    rows.append(f"{i}.png,{'ab'[i % 2]},patient {i // 2}")
+  (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+  network = zoo.build("resnet50", until="layer1")
+  tensors.load(network, tensors.random(network, 1))
+  loading.export(network, tmp_path / "weights.safetensors")
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  "command", [c for c in _commands() if c.startswith("jaxtransfer")]
+)
+def test_a_job_runs_as_the_readme_starts_it(command, folder):
+  """The same words; only what makes it small is added."""
+  _, *arguments = shlex.split(command)
+  done = subprocess.run(
+    [sys.executable, "-m", "jaxtransfer.main", *arguments, *SMALL],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  workdir = re.search(r"--workdir=(\S+)", command)[1]
+  assert (folder / workdir / "report.html").exists()
+  named = re.findall(r"^\| `([\w.]+)`(?:, `([\w.]+)`)? \|", README, re.M)
+  promised = {name for pair in named for name in pair if name}
+  for name in promised - {"failures.csv"}:
+    assert (folder / workdir / name).exists(), name
+
+
+def test_the_quickstart_ends_with_a_gain_above_zero(tmp_path):
+  """What `make quickstart` runs, on fewer tiles of the same drawing."""
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "jaxtransfer.main",
+      f"--config={ROOT / 'configs' / 'quickstart.py'}",
+      f"--workdir={tmp_path}",
+      "--config.data=synthetic:tissue?patients=40&tiles_per_patient=12",
+      "--config.data.image_size=64",
+      "--config.taps=layer2.0,layer3",
+      "--config.seeds=2",
+      "--config.probes=logistic",
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  results = json.loads((tmp_path / "results.json").read_text())
+  gains = [
+    row["low"]
+    for row in results["measurements"]
+    if row["metric"] == "auroc:gain"
+  ]
+  assert max(gains) > 0
+  assert results["summary"]["weights"] == "cifar10-resnet18"
+
+
+@pytest.mark.parametrize("code", _blocks("python"))
+def test_the_python_of_the_readme_runs(code):
+  """Shapes stand in its comments; they are checked here."""
+  names = {}
+  exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+  assert names["features"].shape == (4, 256)
+  assert names["maps"]["layer2.0"].shape == (4, 12, 12, 128)
+  assert names["logits"].shape == (4, 5)
+
+
+def test_make_has_the_targets_that_the_readme_names():
+  """Both are run by continuous integration, from a fresh clone."""
+  makefile = (ROOT / "Makefile").read_text()
+  for command in _commands():
+    if command.startswith("make "):
+      assert re.search(rf"^{command.split()[1]}:", makefile, re.M), command
+
+
+def test_every_link_leads_somewhere():
+  for target in re.findall(r"\]\(([^)#]+)\)", README):
+    if not target.startswith("http"):
+      assert (ROOT / target).exists(), target

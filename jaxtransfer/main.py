@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
   signal.signal(signal.SIGTERM, _preempt)
-  if flags.FLAGS["verbosity"].using_default_value:
+  if not flags.FLAGS["verbosity"].present:
     # absl's own default lets every library tell what it does.
     logging.set_verbosity(logging.WARNING)
   try:

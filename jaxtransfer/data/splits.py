@@ -294,14 +294,18 @@ def divide(
   *,
   every_class: bool = True,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Draws a run's splits and saves them, or reads those that it saved.
+  """Draws a run's splits, or reads those that it saved.
+
+  They are to be saved once the run's checks are over: a run that was refused
+  must not decide the next one's.
 
   Args:
     config: the whole config: `seed`, and of `data` the keys `split_fractions`
       and `few_shot`.
     examples: the source.
     path: of splits.json.
-    every_class: whether train must hold every class.
+    every_class: whether train must hold every class, and val and test two;
+      not so where a class is a combination of labels.
 
   Returns:
     Row indices of train, val and test, none empty, and what the user should
@@ -329,9 +333,14 @@ def divide(
         config.seed,
       )
   for name, rows in divided.items():
-    if not len(rows):
+    present = {examples.classes[c] for c in examples.labels[rows]}
+    if len(present) < 1 + every_class:
       raise UsageError(
-        f"the {name} split is empty; this job needs train, val and test"
+        f"the {name} split of {config.data.source} has"
+        f" {len(rows)} images of {len(present)} classes"
+        f" ({', '.join(sorted(present)) or 'none'}); train, val and test need"
+        f" {'two each' if every_class else 'some'}: more images, other groups"
+        " or other config.data.split_fractions"
       )
   labels, classes = examples.labels, examples.classes
   if not every_class:
@@ -345,7 +354,6 @@ def divide(
       " resampled one by one. Scores are too high and intervals too narrow"
       " where images of one patient are alike."
     )
-  save_splits(path, divided, examples.names)
   return divided, notes
 
 

@@ -131,6 +131,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     max_failures=config.data.max_failures,
   )
   begun = workdir.begin(str(devices))
+  splitting.save_splits(
+    workdir.path / "splits.json", data.rows, data.examples.names
+  )
   counts = {name: len(rows) for name, rows in data.rows.items()}
   print(
     f"{sum(counts.values()):,} images of {len(data.names):,} classes"

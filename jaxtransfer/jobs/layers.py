@@ -107,10 +107,13 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   source = loading.resolve_weights(plan.network, config.network.weights)
   networks = _networks(config, plan, source)
   examples = sources.open_source(config.data)
-  divided, notes = _divide(config, examples, workdir.path)
+  divided, notes = splitting.divide(
+    config, examples, workdir.path / "splits.json"
+  )
   label = next(iter(networks))
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))
+  splitting.save_splits(workdir.path / "splits.json", divided, examples.names)
   counts = {name: len(rows) for name, rows in divided.items()}
   print(
     f"{sum(counts.values()):,} images of {len(examples.classes):,} classes"
@@ -215,57 +218,6 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     metrics=(config.metric, *others),
     seeds=config.seeds,
   )
-
-
-def _divide(
-  config: ml_collections.ConfigDict,
-  examples: sources.Examples,
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Draws the splits, or reads those of the run that goes on."""
-  stored = path / "splits.json"
-  if stored.exists():
-    divided = splitting.load_splits(stored, examples.names)
-  else:
-    divided = splitting.make_splits(
-      examples.labels,
-      examples.groups,
-      examples.splits,
-      config.data.split_fractions,
-      config.seed,
-    )
-    if config.data.few_shot:
-      divided["train"] = splitting.few_shot(
-        divided["train"],
-        examples.labels,
-        examples.groups,
-        config.data.few_shot,
-        config.seed,
-      )
-  for name, rows in divided.items():
-    present = {examples.classes[c] for c in examples.labels[rows]}
-    if len(present) < 2:
-      raise errors.UsageError(
-        f"the {name} split of {config.data.source} has"
-        f" {len(rows)} images of {len(present)} classes"
-        f" ({', '.join(present) or 'none'}); train, val and test need two each:"
-        " more images, other groups or other config.data.split_fractions"
-      )
-  notes = splitting.check_splits(
-    divided,
-    examples.labels,
-    examples.groups,
-    examples.names,
-    examples.classes,
-  )
-  if examples.groups is None:
-    notes.append(
-      "The source names no groups (patients): images were divided and"
-      " resampled one by one. Scores are too high and intervals too narrow"
-      " where images of one patient are alike."
-    )
-  splitting.save_splits(stored, divided, examples.names)
-  return divided, notes
 
 
 def _networks(

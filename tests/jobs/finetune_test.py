@@ -312,14 +312,15 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
     ({"augment.crop": 0.0}, "config.augment.crop"),
     ({"loss.label_smoothing": 1.0}, "config.loss.label_smoothing"),
     ({"checkpoint_steps": 0}, "config.checkpoint_steps"),
-    ({"data.split_fractions": (0.8, 0.2, 0.0)}, "test split is empty"),
+    ({"data.split_fractions": (0.8, 0.2, 0.0)}, "the test split of"),
   ],
 )
 def test_mistakes_are_said_before_any_work(source, tmp_path, changes, says):
   """A usage error names the key, and the directory holds no run."""
   with pytest.raises(errors.UsageError, match=says):
     _run(_config(source, **changes), tmp_path / "run")
-  assert not (tmp_path / "run" / "config.json").exists()
+  left = {path.name for path in (tmp_path / "run").iterdir()}
+  assert left == {".lock"}
 
 
 def test_the_recipe_of_the_embedded_weights_is_a_config_that_holds():

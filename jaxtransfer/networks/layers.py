@@ -108,7 +108,9 @@ class BatchNorm(nnx.Module):
     else:
       mean, var = self.mean[...], self.var[...]
     factor = self.scale[...] * lax.rsqrt(var + 1e-5)
-    y_NHWC = x_NHWC * factor + (self.bias[...] - mean * factor)
+    # Centred first: x * factor - mean * factor cancels where a channel hardly
+    # varies and factor is large.
+    y_NHWC = (x_NHWC - mean) * factor + self.bias[...]
     return y_NHWC.astype(self.dtype)
 
 

@@ -78,7 +78,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         return 0
       print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
-      return importlib.import_module(module).run(config, claimed)
+      job = importlib.import_module(module)
+      importlib.import_module("jaxtransfer.parallel").cache_programs()
+      return job.run(config, claimed)
   except errors.UsageError as e:
     _fail(str(e), USAGE)
   except errors.RunError as e:

@@ -4,6 +4,10 @@ Both ways lay a batch over the devices in the same order, so they give the same
 rows; a program is compiled once because every batch has the same shape.
 """
 
+import contextlib
+import hashlib
+import pathlib
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +15,24 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtransfer import errors
+from jaxtransfer import errors, files
 
 MODES = ("jit", "pmap")
+
+
+def cache_programs() -> None:
+  """Keeps compiled programs in the user's own cache, for the next run.
+
+  A program compiled for one processor may not run on another: machines of a
+  cluster that share a home directory have a directory each.
+  """
+  kind = hashlib.sha256(platform.processor().encode())
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    kind.update("".join(x for x in lines if "flags" in x[:9]).encode())
+  directory = files.cache_directory("programs", kind.hexdigest()[:12])
+  jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class Devices:

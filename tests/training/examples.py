@@ -43,7 +43,7 @@ def optimiser(**changes):
 def augmentation(**changes):
   settings = {
     "crop": 1.0,
-    "flip_horizontal": True,
+    "flip_horizontal": False,
     "flip_vertical": False,
     "quarter_turns": False,
     "stain": 0.0,

@@ -38,7 +38,8 @@ def test_jit_and_pmap_and_one_and_eight_devices_train_alike():
   it is divided changes nothing but the order of sums: 20 steps in float32."""
   network = examples.network("layer1.0")
   recipe = examples.recipe(
-    optimiser=examples.optimiser(learning_rate=0.01), average=0.9
+    optimiser=examples.optimiser(learning_rate=0.01),
+    augmentation=examples.augmentation(flip_horizontal=True),
   )
   runs = [
     _train(recipe, network, mode, count, number=20)

@@ -1,0 +1,271 @@
+"""Which networks and layers there are, what they cost, and cutting them."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxtransfer import errors
+from jaxtransfer.networks import densenet, network, tensors, zoo
+from tests.golden import draw, ours
+
+# Parameters with a head of 1000, and 10^9 multiply-accumulates at 224 px, as
+# torchvision publishes them (WeightsEnum.meta: num_params, _ops).
+PUBLISHED = {
+  "densenet121": (7978856, 2.834),
+  "densenet161": (28681000, 7.728),
+  "densenet169": (14149480, 3.36),
+  "densenet201": (20013928, 4.291),
+  "resnet101": (44549160, 7.801),
+  "resnet152": (60192808, 11.514),
+  "resnet18": (11689512, 1.814),
+  "resnet34": (21797672, 3.664),
+  "resnet50": (25557032, 4.089),
+  "resnext50_32x4d": (25028904, 4.23),
+  "wide_resnet50_2": (68883240, 11.398),
+}
+
+
+def parameters(model):
+  """How many trainable numbers a model holds, from its tensors' shapes."""
+  return sum(
+    math.prod(shape)
+    for name, shape in tensors.shapes(model).items()
+    if "running" not in name
+  )
+
+
+def images(batch=2, size=33, seed=0):
+  random = np.random.default_rng(seed)
+  return jnp.asarray(random.normal(size=(batch, size, size, 3)), jnp.float32)
+
+
+@functools.cache
+def drawn(name, **options):
+  return ours.drawn(name, **options)
+
+
+def test_every_published_network_is_there():
+  assert set(PUBLISHED) <= set(zoo.list_models())
+  assert zoo.list_models() == sorted(zoo.list_models())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_costs_are_the_published_ones(name):
+  params, macs = PUBLISHED[name]
+  last = zoo.list_layers(name)[-1]
+  head = last.channels * 1000
+  assert parameters(zoo.build(name, num_classes=1000)) == params
+  assert last.params + head + 1000 == params
+  # Published to three digits after the point.
+  assert (last.macs + head) / 1e9 == pytest.approx(macs, abs=0.0005001)
+
+
+def test_resnet50_cut_after_layer3_has_8543296_parameters():
+  """The trunk of CLAM's default encoder."""
+  (layer,) = [x for x in zoo.list_layers("resnet50") if x.name == "layer3"]
+  assert layer.params == parameters(zoo.build("resnet50", until="layer3"))
+  assert (layer.params, layer.channels, layer.stride) == (8543296, 1024, 16)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      n, marks=() if n in ("resnet18", "resnet50") else [pytest.mark.slow]
+    )
+    for n in PUBLISHED
+  ],
+)
+def test_every_cut_holds_what_it_lists_and_nothing_beyond(name):
+  """Its tensors are the first of the whole network's, in order."""
+  whole = list(tensors.shapes(zoo.build(name)).items())
+  names = zoo.build(name).layer_names
+  last = 0
+  for layer in zoo.list_layers(name):
+    cut = zoo.build(name, until=layer.name)
+    shapes = list(tensors.shapes(cut).items())
+    assert parameters(cut) == layer.params
+    assert shapes == whole[: len(shapes)]
+    assert cut.channels == layer.channels
+    assert cut.layer_names == names[: len(cut.layer_names)]
+    assert cut.layer_names[-1] == cut.resolve(layer.name)
+    assert len(shapes) >= last
+    last = len(shapes)
+  assert last == len(whole)
+
+
+@pytest.mark.parametrize(
+  "name, at",
+  [
+    ("resnet18", ["stem", "layer1.0", "layer2", "layer3.1", "layer4"]),
+    ("resnext50_32x4d", ["layer1.0", "layer2.0"]),
+    (
+      "densenet121",
+      ["stem", "denseblock1.denselayer2", "denseblock1", "transition1"],
+    ),
+  ],
+)
+def test_a_cut_network_gives_the_tap_of_the_whole(name, at):
+  """Bit for bit: op by op, both do the same work."""
+  found = drawn(name).taps(images(), at)
+  maps = drawn(name).taps(images(), at, pool=False)
+  for layer in zoo.list_layers(name):
+    if layer.name in at:
+      cut = drawn(name, until=layer.name)
+      np.testing.assert_array_equal(cut(images()), found[layer.name])
+      pooled = np.asarray(maps[layer.name], float).mean((1, 2))
+      np.testing.assert_allclose(found[layer.name], pooled, atol=1e-5)
+      assert found[layer.name].shape == (2, layer.channels)
+
+
+def products(function, *args):
+  """Counts convolutions and matrix products in a function's jaxpr."""
+
+  def count(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+      name = equation.primitive.name
+      total += name in ("conv_general_dilated", "dot_general")
+      for value in equation.params.values():
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+          total += count(inner)
+    return total
+
+  return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
+def test_all_taps_come_from_one_pass(name):
+  """As many products as the plain forward has; a shallow tap needs fewer."""
+  model = drawn(name)
+  x = images(1)
+  convolutions = sum(
+    len(shape) == 4 for shape in tensors.shapes(model).values()
+  )
+  all_taps = [layer.name for layer in zoo.list_layers(name)]
+  assert products(model, x) == convolutions
+  assert products(lambda x: model.taps(x, all_taps), x) == convolutions
+  shallow = all_taps[len(all_taps) // 2]
+  cut = zoo.build(name, until=shallow)
+  own = sum(len(shape) == 4 for shape in tensors.shapes(cut).values())
+  # In any order asked, nothing beyond the deepest is traced.
+  some = [shallow, "stem", all_taps[1]]
+  assert products(lambda x: model.taps(x, some), x) == own < convolutions
+
+
+@pytest.mark.parametrize(
+  "name, alias, layer",
+  [
+    ("resnet18", "layer1", "layer1.1"),
+    ("resnet152", "layer3", "layer3.35"),
+    ("densenet121", "denseblock1", "denseblock1.denselayer6"),
+  ],
+)
+def test_a_stage_is_its_last_layer(name, alias, layer):
+  cut = zoo.build(name, until=alias)
+  assert cut.layer_names == zoo.build(name, until=layer).layer_names
+  listed = {x.name: x for x in zoo.list_layers(name)}
+  assert listed[alias].params == listed[layer].params
+  assert listed[alias].macs == listed[layer].macs
+
+
+def test_taps_answer_under_the_names_and_in_the_order_asked():
+  found = drawn("resnet18").taps(images(), ["layer1.1", "stem", "layer1"])
+  assert list(found) == ["layer1.1", "stem", "layer1"]
+  np.testing.assert_array_equal(found["layer1"], found["layer1.1"])
+
+
+@pytest.mark.parametrize(
+  "make, nearest",
+  [
+    (lambda: zoo.build("resnet5"), "did you mean 'resnet50'"),
+    (lambda: zoo.build("resnet50", until="layr3"), "did you mean 'layer3'"),
+    (lambda: zoo.list_layers("densnet121"), "did you mean 'densenet121'"),
+    (lambda: zoo.build("resnet18", until=""), "no layer ''"),
+    (
+      lambda: zoo.build("densenet121", until="layer3"),
+      "densenet121 has no layer 'layer3'",
+    ),
+    (
+      lambda: drawn("resnet18").taps(images(), ["layer1", "layr2"]),
+      "did you mean 'layer2'",
+    ),
+    (
+      lambda: drawn("resnet18", until="layer1.0").taps(images(), ["layer2.0"]),
+      "resnet18 has no layer 'layer2.0'",
+    ),
+    (
+      lambda: drawn("resnet18", until="layer1.0").taps(images(), ["layer1"]),
+      "has no layer 'layer1'",
+    ),
+  ],
+)
+def test_an_unknown_name_is_an_error_that_names_the_nearest(make, nearest):
+  """In one line; a stage that was cut before its end is not there either."""
+  with pytest.raises(errors.UsageError) as caught:
+    make()
+  assert nearest in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def test_only_the_whole_densenet_ends_in_a_relu():
+  """norm5 as a tap or a cut is the module's output, negative values too.
+
+  A network of one layer per block shows what the flag does.
+  """
+  assert zoo.build("densenet121").relu
+  assert not zoo.build("densenet121", until="norm5").relu
+  assert not zoo.build("densenet121", final_relu=False).relu
+  assert not zoo.build("resnet18").relu
+  spec = densenet.Spec((1, 1, 1, 1), growth=8, width=16)
+  layers = list(densenet.make_layers(spec, jnp.dtype(jnp.float32)))
+  x = images()
+  for relu in (True, False):
+    small = network.Network(
+      "small", "densenet", layers, {}, relu, None, jnp.dtype(jnp.float32)
+    )
+    tensors.load(small, draw.tensors(tensors.shapes(small), 0))
+    maps = np.asarray(small.taps(x, ["norm5"], pool=False)["norm5"])
+    assert (maps < 0).any()
+    expected = np.maximum(maps, 0 if relu else -np.inf).mean((1, 2))
+    np.testing.assert_allclose(small(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "name, until", [("resnet18", None), ("densenet121", "transition1")]
+)
+def test_bfloat16_stays_close_to_float32(name, until):
+  """Within 2 % of each tap's largest feature; measured, 0.7 %.
+
+  Parameters and statistics stay float32 through a training pass, or a running
+  value would stop moving once its step is below 1/256 of it.
+  """
+  options = {"until": until, "num_classes": 10}
+  model = ours.drawn(name, dtype=jnp.bfloat16, **options)
+  exact = drawn(name, **options)
+  x = images(2)
+  taps = model.layer_names
+  found = model.taps(x, taps, pool=False)
+  assert {tap.dtype for tap in found.values()} == {jnp.dtype(jnp.bfloat16)}
+  found, expected = model.taps(x, taps), exact.taps(x, taps)
+  assert {tap.dtype for tap in found.values()} == {jnp.dtype(jnp.float32)}
+  for tap, value in expected.items():
+    value = np.asarray(value)
+    error = np.abs(np.asarray(found[tap]) - value).max()
+    assert error < 0.02 * np.abs(value).max(), tap
+  logits = model(x, train=True)
+  assert logits.dtype == jnp.float32
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
+  assert kinds == {jnp.dtype(jnp.float32)}
+
+
+def test_a_network_is_built_without_values():
+  """So nothing is allocated for a network that is only asked about."""
+  leaves = jax.tree.leaves(nnx.state(zoo.build("wide_resnet50_2")))
+  assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 # Bytes of the float64 tables that one block of resamples may fill.
-_BLOCK_BYTES = 2**25
+_BLOCK_BYTES = 2**21
 
 
 class AbsentClassWarning(UserWarning):
@@ -68,7 +68,7 @@ def balanced_accuracy(
     ValueError: as `accuracy`.
   """
   labels, scores, weights_NB, single = _checked(labels, scores, weights)
-  _warn_of_absent(labels, scores.shape[1], "balanced accuracy")
+  _warn_of_absent(labels, scores.shape[1], "balanced accuracy", 3)
   order = np.argsort(labels, kind="stable")
   starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
   hit = (scores.argmax(1) == labels)[order, None]
@@ -156,7 +156,7 @@ def _one_vs_rest(
   classes = scores.shape[1]
   if classes < 2:
     raise ValueError(f"{name} needs scores of two classes or more, got 1")
-  _warn_of_absent(labels, classes, name)
+  _warn_of_absent(labels, classes, name, 4)
   total = np.zeros(weights_NB.shape[1])
   count = np.zeros(weights_NB.shape[1], int)
   for k in [1] if classes == 2 else np.unique(labels):
@@ -296,8 +296,13 @@ def _mean(values: np.ndarray) -> np.ndarray:
   return _ratio(np.where(known, values, 0).sum(0), known.sum(0))
 
 
-def _warn_of_absent(labels: np.ndarray, classes: int, name: str) -> None:
-  """Says which classes the macro mean of the whole data lacks."""
+def _warn_of_absent(
+  labels: np.ndarray, classes: int, name: str, level: int
+) -> None:
+  """Says which classes the macro mean of the whole data lacks.
+
+  `level` counts the calls up to whoever asked for the metric.
+  """
   present = np.unique(labels)
   if len(present) < classes:
     absent = np.setdiff1d(np.arange(classes), present)
@@ -306,5 +311,5 @@ def _warn_of_absent(labels: np.ndarray, classes: int, name: str) -> None:
       f"{len(absent)} of {classes} classes have no rows and are left out of"
       f" {name}: {shown}",
       AbsentClassWarning,
-      stacklevel=4,
+      stacklevel=level,
     )

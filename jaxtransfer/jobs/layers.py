@@ -455,6 +455,17 @@ def _results(
       "At no tap does the interval of the gain lie above zero: on these images"
       " the pretrained weights are not shown to be worth more than random ones."
     )
+  ends = {min(config.strengths), max(config.strengths)}
+  at_end = [
+    tap
+    for tap, one in zip(plan.taps, measured, strict=True)
+    if len(ends) > 1 and one.strengths[0, 0] in ends
+  ]
+  if at_end:
+    notes.append(
+      f"Validation chose the smallest or largest of config.strengths for"
+      f" {label} at {', '.join(at_end)}: a wider grid may score higher there."
+    )
   unfinished = sum(int((~one.converged).sum()) for one in measured)
   if unfinished:
     notes.append(

@@ -104,12 +104,13 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     RunError: too many images cannot be read.
   """
   plan = make_plan(config)
-  source = loading.resolve_weights(plan.network, config.network.weights)
-  networks = _networks(config, plan, source)
   examples = sources.open_source(config.data)
   divided, notes = splitting.divide(
     config, examples, workdir.path / "splits.json"
   )
+  # After the images, because it may download.
+  source = loading.resolve_weights(plan.network, config.network.weights)
+  networks = _networks(config, plan, source)
   label = next(iter(networks))
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtransfer import errors
 from jaxtransfer.networks import layers
 
 
@@ -78,6 +79,13 @@ class Transition(nnx.Module):
     self.conv = layers.Conv(channels_in, self.channels, 1, dtype=dtype)
 
   def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
+    height, width = x_NHWC.shape[1:3]
+    if min(height, width) < 2:
+      # The mean of no pixels would be NaN, and so all features after it.
+      raise errors.UsageError(
+        f"the images are too small for a DenseNet: a transition gets {height}"
+        f" x {width} pixels and cannot halve them; 29 x 29 reach the end"
+      )
     x_NHWC = jax.nn.relu(self.norm(x_NHWC, train))
     # Both are linear, so the order is free: pooled first, the convolution has
     # a quarter of the pixels.

@@ -49,6 +49,13 @@ def drawn(name, **options):
   return ours.drawn(name, **options)
 
 
+def smallest():
+  """A DenseNet of one layer per block, whose sizes are those of the others."""
+  spec = densenet.Spec((1, 1, 1, 1), growth=8, width=16)
+  dtype = jnp.dtype(jnp.float32)
+  return list(densenet.make_layers(spec, dtype)), dtype
+
+
 def test_every_published_network_is_there():
   assert set(PUBLISHED) <= set(zoo.list_models())
   assert zoo.list_models() == sorted(zoo.list_models())
@@ -126,18 +133,20 @@ def test_a_cut_network_gives_the_tap_of_the_whole(name, at):
 def products(function, *args):
   """Counts convolutions and matrix products in a function's jaxpr."""
 
-  def count(jaxpr):
-    total = 0
-    for equation in jaxpr.eqns:
-      name = equation.primitive.name
-      total += name in ("conv_general_dilated", "dot_general")
-      for value in equation.params.values():
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-          total += count(inner)
-    return total
+  def inside(value):
+    if isinstance(value, (list, tuple)):
+      return sum(map(inside, value))
+    value = getattr(value, "jaxpr", value)
+    return count(value) if hasattr(value, "eqns") else 0
 
-  return count(jax.make_jaxpr(function)(*args).jaxpr)
+  def count(jaxpr):
+    return sum(
+      (equation.primitive.name in ("conv_general_dilated", "dot_general"))
+      + inside(list(equation.params.values()))
+      for equation in jaxpr.eqns
+    )
+
+  return inside(jax.make_jaxpr(function)(*args))
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
@@ -145,18 +154,16 @@ def test_all_taps_come_from_one_pass(name):
   """As many products as the plain forward has; a shallow tap needs fewer."""
   model = drawn(name)
   x = images(1)
-  convolutions = sum(
-    len(shape) == 4 for shape in tensors.shapes(model).values()
-  )
-  all_taps = [layer.name for layer in zoo.list_layers(name)]
-  assert products(model, x) == convolutions
-  assert products(lambda x: model.taps(x, all_taps), x) == convolutions
-  shallow = all_taps[len(all_taps) // 2]
-  cut = zoo.build(name, until=shallow)
-  own = sum(len(shape) == 4 for shape in tensors.shapes(cut).values())
+  taps = [layer.name for layer in zoo.list_layers(name)]
+  whole = products(model, x)
+  shapes = tensors.shapes(model).values()
+  assert whole >= sum(len(shape) == 4 for shape in shapes)
+  assert products(lambda x: model.taps(x, taps), x) == whole
+  shallow = taps[len(taps) // 2]
   # In any order asked, nothing beyond the deepest is traced.
-  some = [shallow, "stem", all_taps[1]]
-  assert products(lambda x: model.taps(x, some), x) == own < convolutions
+  some = [shallow, "stem", taps[1]]
+  own = products(drawn(name, until=shallow), x)
+  assert products(lambda x: model.taps(x, some), x) == own < whole
 
 
 @pytest.mark.parametrize(
@@ -223,18 +230,28 @@ def test_only_the_whole_densenet_ends_in_a_relu():
   assert not zoo.build("densenet121", until="norm5").relu
   assert not zoo.build("densenet121", final_relu=False).relu
   assert not zoo.build("resnet18").relu
-  spec = densenet.Spec((1, 1, 1, 1), growth=8, width=16)
-  layers = list(densenet.make_layers(spec, jnp.dtype(jnp.float32)))
+  layers, dtype = smallest()
   x = images()
   for relu in (True, False):
-    small = network.Network(
-      "small", "densenet", layers, {}, relu, None, jnp.dtype(jnp.float32)
-    )
+    small = network.Network("small", "densenet", layers, {}, relu, None, dtype)
     tensors.load(small, draw.tensors(tensors.shapes(small), 0))
     maps = np.asarray(small.taps(x, ["norm5"], pool=False)["norm5"])
     assert (maps < 0).any()
     expected = np.maximum(maps, 0 if relu else -np.inf).mean((1, 2))
     np.testing.assert_allclose(small(x), expected, atol=1e-6)
+
+
+def test_images_too_small_for_a_densenet_are_refused():
+  """Where torch refuses: 28 pixels become 14, 7, 3, 1, and then none."""
+  layers, dtype = smallest()
+  small = network.Network("small", "densenet", layers, {}, True, None, dtype)
+
+  def shape(size):
+    return jax.eval_shape(small, images(1, size)).shape
+
+  assert shape(29) == (1, small.channels)
+  with pytest.raises(errors.UsageError, match="1 x 1 pixels"):
+    shape(28)
 
 
 @pytest.mark.parametrize(

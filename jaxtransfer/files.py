@@ -83,18 +83,22 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def cache_root() -> pathlib.Path:
+  """Returns `$JAXTRANSFER_CACHE` or `~/.cache/jaxtransfer`, there or not."""
+  given = os.environ.get("JAXTRANSFER_CACHE")
+  return pathlib.Path(given or "~/.cache/jaxtransfer").expanduser()
+
+
 def cache_directory(*parts: str) -> pathlib.Path:
   """Makes and returns a directory of the user's own cache.
 
-  `JAXTRANSFER_CACHE` names the cache, ~/.cache/jaxtransfer by default. It is
-  readable by its owner alone: compiled programs kept in it are executed.
+  The cache is readable by its owner alone: compiled programs kept in it are
+  executed.
 
   Args:
-    *parts: directories below it.
+    *parts: directories below `cache_root`.
   """
-  root = pathlib.Path(
-    os.environ.get("JAXTRANSFER_CACHE") or "~/.cache/jaxtransfer"
-  ).expanduser()
+  root = cache_root()
   root.mkdir(mode=0o700, parents=True, exist_ok=True)
   directory = root.joinpath(*parts)
   directory.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,10 @@ and every later use is checked against it.
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Sequence
 
-from jaxtransfer import errors
+from jaxtransfer import errors, files
 from jaxtransfer.networks import network as networks
 from jaxtransfer.weights import download
 
@@ -307,7 +306,7 @@ def resolve(
   row = name if isinstance(name, Row) else find(name, network)
   if row.source == "asset":
     return ASSETS / row.file
-  path = cache_directory() / row.name / row.file
+  path = files.cache_root() / row.name / row.file
   return download.fetch(
     path,
     row.source,
@@ -315,11 +314,3 @@ def resolve(
     sha256=row.sha256,
     loopback=loopback,
   )
-
-
-def cache_directory() -> pathlib.Path:
-  """Returns `$JAXTRANSFER_CACHE`, or `~/.cache/jaxtransfer`."""
-  given = os.environ.get("JAXTRANSFER_CACHE")
-  if given:
-    return pathlib.Path(given).expanduser()
-  return pathlib.Path.home() / ".cache" / "jaxtransfer"

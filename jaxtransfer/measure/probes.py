@@ -385,6 +385,35 @@ def _slopes(
   return logits, loss.slope(logits, onehot)
 
 
+def _inverse_factor(matrix: jax.Array, block: int = 32) -> jax.Array:
+  """Returns the inverse of the Cholesky factor of (E,E), by blocks.
+
+  Products for the most part. LAPACK would be called from XLA's threads with
+  its own, and they wait for one another: tens of milliseconds for each call,
+  however small, on a machine that has other work.
+  """
+  size = len(matrix)
+  padded = -(-size // block) * block
+  a = jnp.eye(padded).at[:size, :size].set(matrix)
+
+  def step(j: int, carry: tuple[jax.Array, jax.Array]) -> tuple:
+    a, inverse = carry
+    at = j * block
+    pivot = jax.lax.dynamic_slice(a, (at, at), (block, block))
+    panel = jax.lax.dynamic_slice_in_dim(a, at, block, 1)
+    rows = jax.lax.dynamic_slice_in_dim(inverse, at, block, 0)
+    turn = jax.lax.rsqrt(pivot) if block == 1 else _inverse_factor(pivot, 1)
+    below = jnp.arange(padded)[:, None] >= at + block
+    panel = jnp.where(below, _product("ij,kj->ik", panel, turn), 0)
+    rows = _product("ij,jk->ik", turn, rows)
+    a -= _product("ik,jk->ij", panel, panel)
+    inverse -= _product("ik,kj->ij", panel, rows)
+    return a, jax.lax.dynamic_update_slice_in_dim(inverse, rows, at, 0)
+
+  _, inverse = jax.lax.fori_loop(0, padded // block, step, (a, jnp.eye(padded)))
+  return inverse[:size, :size]
+
+
 @functools.partial(jax.jit, static_argnames="kind")
 def _precondition(
   kind: str,
@@ -411,10 +440,7 @@ def _precondition(
     # So much above singular that float32 has the factor; what is a direction
     # of almost no curvature only converges the slower for it.
     jitter = 1e-5 * jnp.trace(hessian) / size
-    factor = jnp.linalg.cholesky(hessian + jitter * jnp.eye(size))
-    inverse = jax.scipy.linalg.solve_triangular(
-      factor, jnp.eye(size), lower=True
-    )
+    inverse = _inverse_factor(hessian + jitter * jnp.eye(size))
     return scale[:, None] * inverse.T
 
   # One at a time: the Gram matrix of a fit has the whole machine's work.

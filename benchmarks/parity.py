@@ -112,7 +112,9 @@ def main() -> None:
   print("\n| network | float | rate | worst error | at | of the change | at |")
   print("|---|---|---|---|---|---|---|")
   for name in args.trained:
-    runs = [(0.1, True)] + [(RATES[name], False)] * (name in RATES)
+    runs = [(0.1, True)]
+    if name in RATES:
+      runs.append((RATES[name], False))
     for rate, double in runs:
       options = ["--size=64", "--batch=8", f"--rate={rate}"]
       options += ["--double"] if double else []

@@ -2,12 +2,17 @@
 
 import os
 import pathlib
+import signal
 
 # Before jax is imported anywhere: the number of devices is fixed at its start.
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest  # noqa: E402
+
+# A runner started in the background may ignore Ctrl-C, and so would every
+# program that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

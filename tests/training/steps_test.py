@@ -35,10 +35,11 @@ def _largest(one, other):
 
 def test_jit_and_pmap_and_one_and_eight_devices_train_alike():
   """Gradients and BatchNorm's statistics are those of the whole batch, so how
-  it is divided changes nothing but the order of sums: 20 steps in float32."""
+  it is divided changes nothing but the order of sums: 20 steps in float32, at
+  a rate at which a step does not multiply the rounding of the one before."""
   network = examples.network("layer1.0")
   recipe = examples.recipe(
-    optimiser=examples.optimiser(learning_rate=0.01),
+    optimiser=examples.optimiser(learning_rate=0.003),
     augmentation=examples.augmentation(flip_horizontal=True),
   )
   runs = [

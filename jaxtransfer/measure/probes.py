@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import optax
 import scipy.special
+import threadpoolctl
 
 from jaxtransfer.measure import classification
 
@@ -355,11 +356,16 @@ def _basis(features: np.ndarray) -> _Basis:
   varies = deviation > rows * epsilon * np.abs(mean)
   scale = np.divide(1, deviation, out=np.zeros(channels), where=varies)
   x *= scale
-  if channels <= rows:
-    squares, turn = np.linalg.eigh(x.T @ x)
-  else:
-    squares, left = np.linalg.eigh(x @ x.T)
-    turn = x.T @ (left / np.sqrt(np.maximum(squares, np.finfo(float).tiny)))
+  # Threads do not pay for a small matrix, and where the processors have other
+  # work they wait for one another for many times what one thread takes.
+  small = min(rows, channels) <= 1024
+  with threadpoolctl.threadpool_limits(1 if small else None, "blas"):
+    if channels <= rows:
+      squares, turn = np.linalg.eigh(x.T @ x)
+    else:
+      squares, left = np.linalg.eigh(x @ x.T)
+      length = np.sqrt(np.maximum(squares, np.finfo(float).tiny))
+      turn = x.T @ (left / length)
   keep = squares > squares[-1] * 4 * epsilon * max(rows, channels)
   return _Basis(mean, scale[:, None] * turn[:, keep], squares[keep])
 

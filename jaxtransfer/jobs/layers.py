@@ -10,6 +10,7 @@ Source: the question, knowledge gain over a random-weight network, is Li and
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -18,21 +19,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
-from flax import nnx
 
 from jaxtransfer import configuration, errors, features, files, parallel
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, preprocess, sources
+from jaxtransfer.data import pipeline, sources
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, classification, cost, gain, probes
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import page
+from jaxtransfer.training import steps
 from jaxtransfer.weights import loading
 
 SPLITS = ("val", "test")
@@ -363,34 +363,29 @@ def _costs(
     0, 256, (size, images.image_size, images.image_size, 3), np.uint8
   )
   batch = devices.put(pixels)
-  found = []
-  for tap in tqdm.tqdm(
-    plan.taps, desc="timing cuts", unit=" taps", disable=None
-  ):
+  calls, found = [], []
+  for tap in plan.taps:
     cut = zoo.build(plan.network, until=tap, dtype=jnp.dtype(config.dtype))
     tensors.load(cut, {name: values[name] for name in tensors.shapes(cut)})
-    graph, state = nnx.split(cut)
-
-    def forward(
-      state: nnx.State, x: jax.Array, graph: nnx.GraphDef = graph
-    ) -> jax.Array:
-      x = preprocess.preprocess(x, images.mean, images.std)
-      return nnx.merge(graph, state)(x)
-
-    state = devices.replicate(state)
-    program = devices.compile(forward).lower(state, batch).compile()
-    speed = cost.measure_forward(program, (state, batch), size)
+    graph, *numbers = steps.take_apart(cut)
+    forward = steps.make_predict(graph, images.mean, images.std)
+    numbers = devices.replicate(tuple(numbers))
+    program = devices.compile(forward).lower(numbers, batch).compile()
+    calls.append(functools.partial(program, numbers, batch))
     layer = layers[tap]
     found.append(
       {
         "channels": layer.channels,
         "params": layer.params,
         "macs": layer.macs,
-        "images_per_second": speed.median,
         "peak_memory_bytes": cost.peak_memory(program),
       }
     )
-  return found
+  speeds = cost.measure_forward(calls, size)
+  return [
+    {**of_cut, "images_per_second": speed.median}
+    for of_cut, speed in zip(found, speeds, strict=True)
+  ]
 
 
 def _results(

@@ -27,22 +27,23 @@ class Speed:
 
 
 def measure_forward(
-  program: Callable[..., Any],
-  args: Sequence[Any],
-  images: int,
-  repeats: int = 10,
-) -> Speed:
-  """Times a program, each run up to the moment its result is there.
+  programs: Sequence[Callable[[], Any]], images: int, repeats: int = 10
+) -> list[Speed]:
+  """Times programs in turns, each run up to the moment its result is there.
+
+  In turns, so that what else a machine does at some moment slows all of them,
+  and their ratios hold where the numbers themselves do not.
 
   Args:
-    program: what to call, best compiled already.
-    args: its arguments, best on the device already.
+    programs: what to call, best compiled already and its arguments on the
+      device.
     images: how many images one call works on.
-    repeats: how many calls are timed. Two more go before them, untimed: the
-      first may compile, the second finds caches and allocator warm.
+    repeats: how many calls of each are timed. Two more go before them,
+      untimed: the first may compile, the second finds caches and allocator
+      warm.
 
   Returns:
-    The speed; the quartiles show how calm the machine was.
+    A speed for each; the quartiles show how calm the machine was.
 
   Raises:
     ValueError: images or repeats below 1.
@@ -51,15 +52,17 @@ def measure_forward(
     raise ValueError(
       f"images and repeats must be 1 or more, got {images} and {repeats}"
     )
-  for _ in range(2):
-    jax.block_until_ready(program(*args))
-  seconds = np.empty(repeats)
+  for program in programs:
+    for _ in range(2):
+      jax.block_until_ready(program())
+  seconds = np.empty((len(programs), repeats))
   for i in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(program(*args))
-    seconds[i] = time.perf_counter() - start
-  low, median, high = np.quantile(images / seconds, [0.25, 0.5, 0.75])
-  return Speed(float(median), float(low), float(high), repeats)
+    for j, program in enumerate(programs):
+      start = time.perf_counter()
+      jax.block_until_ready(program())
+      seconds[j, i] = time.perf_counter() - start
+  found = np.quantile(images / seconds, [0.25, 0.5, 0.75], axis=1).T.tolist()
+  return [Speed(median, low, high, repeats) for low, median, high in found]
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:

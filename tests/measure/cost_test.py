@@ -13,19 +13,22 @@ def test_speed_counts_images_and_waits_for_the_result():
   """A program that sleeps 20 ms for 4 images cannot do more than 200 a
   second, however busy the machine is."""
 
-  def program(x):
+  def program():
     time.sleep(0.02)
-    return x
+    return jnp.ones(3)
 
-  speed = cost.measure_forward(program, (jnp.ones(3),), images=4, repeats=3)
+  (speed,) = cost.measure_forward([program], images=4, repeats=3)
   assert 0 < speed.low <= speed.median <= speed.high <= 200
   assert speed.repeats == 3
 
 
-def test_runs_are_not_timed_before_they_are_warm():
+def test_programs_are_warmed_and_then_take_turns():
+  """Both then meet the same moments of a machine that has other work."""
   calls = []
-  cost.measure_forward(lambda: calls.append(1), (), images=1, repeats=5)
-  assert len(calls) == 7
+  programs = [lambda: calls.append("a"), lambda: calls.append("b")]
+  speeds = cost.measure_forward(programs, images=1, repeats=5)
+  assert "".join(calls) == "aabb" + 5 * "ab"
+  assert len(speeds) == 2
 
 
 def test_peak_memory_holds_arguments_results_and_what_lies_between():
@@ -47,4 +50,4 @@ def test_allocated_peak_is_bytes_or_unknown():
 @pytest.mark.parametrize(("images", "repeats"), [(0, 1), (1, 0)])
 def test_refuses(images, repeats):
   with pytest.raises(ValueError, match="1 or more"):
-    cost.measure_forward(lambda: 0, (), images, repeats)
+    cost.measure_forward([lambda: 0], images, repeats)

@@ -54,6 +54,8 @@ class Settings:
     checkpoints: how many are kept.
     images: of the training split.
     max_failures: share of unreadable images that stops the run.
+    patience: epochs without a better one after which training ends; 0 for
+      never.
 
   Raises:
     UsageError: a value out of range.
@@ -66,8 +68,10 @@ class Settings:
   checkpoints: int
   images: int
   max_failures: float
+  patience: int = 0
 
   def __post_init__(self):
+    optimisers.check_range("patience", self.patience, least=0)
     for name in ("epochs", "log_steps", "checkpoint_steps", "checkpoints"):
       optimisers.check_range(name, getattr(self, name), least=1)
 
@@ -82,6 +86,7 @@ class Fitted:
     records: the lines of metrics.jsonl.
     notes: what the user should know, a line each.
     failures: (name, reason) of training images that could not be read.
+    ended: whether training is over; False where `stop_after` paused it.
   """
 
   numbers: Numbers
@@ -89,6 +94,7 @@ class Fitted:
   records: list[Record]
   notes: list[str]
   failures: list[tuple[str, str]]
+  ended: bool
 
 
 class _Preempted(Exception):
@@ -108,6 +114,7 @@ def fit(
   directory: pathlib.Path,
   journal: Journal,
   seed: int,
+  stop_after: int | None = None,
 ) -> Fitted:
   """Trains a network; the same call after any stop goes on where it was.
 
@@ -124,6 +131,8 @@ def fit(
     directory: for `checkpoints/`.
     journal: takes the lines of metrics.jsonl.
     seed: of what is random in the steps.
+    stop_after: epochs, counted from the first, after which to pause; the same
+      call without it goes on as if there had been no pause.
 
   Returns:
     The best epoch's numbers, and all that was logged.
@@ -207,9 +216,13 @@ def fit(
           )
           save()
           clock = _Clock()
-        if done == len(train) or schedule.ended(
-          learning_rate, _val_losses(records)
-        ):
+        ended = (
+          done == len(train)
+          or schedule.ended(learning_rate, _val_losses(records))
+          or _waited_enough(records, settings)
+        )
+        paused = len(epochs_of(records)) >= (stop_after or math.inf)
+        if ended or paused:
           break
         if preempted():
           raise _Preempted
@@ -246,7 +259,12 @@ def fit(
     finally:
       bar.close()
     return Fitted(
-      best, best_epoch(records, settings.metric), records, notes, train.failures
+      best,
+      best_epoch(records, settings.metric),
+      records,
+      notes,
+      train.failures,
+      ended,
     )
 
 
@@ -326,6 +344,13 @@ def best_epoch(records: Sequence[Record], metric: str) -> int:
     if not best or value > best_value:
       best, best_value = record["epoch"], value
   return best
+
+
+def _waited_enough(records: Sequence[Record], settings: Settings) -> bool:
+  """Whether the last `patience` epochs brought no better one."""
+  done = len(epochs_of(records))
+  best = best_epoch(records, settings.metric)
+  return 0 < settings.patience <= done - best
 
 
 def _is_best(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from jaxtransfer.measure import bootstrap
 
@@ -98,7 +99,7 @@ def precision_recall(
 
 def curves(
   targets: npt.ArrayLike,
-  scores: npt.ArrayLike,
+  logits: npt.ArrayLike,
   weights: npt.ArrayLike | None = None,
   *,
   many_labels: bool = False,
@@ -113,11 +114,11 @@ def curves(
   Args:
     targets: (N, C) float, 1 where a row is of the class, 0 where not, NaN
       where that is not known.
-    scores: (N, C) float, higher is likelier, comparable between rows:
-      probabilities of exclusive classes, not their logits.
+    logits: (N, C) float. Exclusive classes are ranked by their softmax, for
+      only probabilities compare between rows; labels by the logits themselves.
     weights: (R, N), how often a row counts in each of R resamples, or None.
       More than a hundred classes have no band.
-    many_labels: whether the columns do not exclude each other.
+    many_labels: whether the columns are labels that do not exclude each other.
     points: of the grid, 2 or more.
 
   Returns:
@@ -128,14 +129,16 @@ def curves(
     ValueError: as `roc`.
   """
   targets = np.asarray(targets, np.float64)
-  scores = np.asarray(scores)
+  scores = np.asarray(logits, np.float64)
   if targets.ndim != 2 or targets.shape != scores.shape or not targets.size:
     raise ValueError(
-      "targets and scores must be (N, C), N > 0, C > 0, got shapes"
+      "targets and logits must be (N, C), N > 0, C > 0, got shapes"
       f" {targets.shape} and {scores.shape}"
     )
-  if targets.shape[1] == 2 and not many_labels:
-    targets, scores = targets[:, 1:], scores[:, 1:]
+  if not many_labels:
+    scores = special.softmax(scores, axis=1)
+    if targets.shape[1] == 2:
+      targets, scores = targets[:, 1:], scores[:, 1:]
   if targets.shape[1] > _MOST_BANDED:
     weights = None
   table, weights = _checked(targets, scores, weights, points)

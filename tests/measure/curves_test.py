@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import special
 from sklearn import metrics
 
 from jaxtransfer.measure import bootstrap, classification, curves
@@ -67,8 +68,11 @@ def test_areas_under_the_macro_curves_are_the_macro_metrics():
   """Averaging upright and taking the area are both sums: they commute."""
   rng = np.random.default_rng(0)
   labels = rng.integers(4, size=3000)
-  scores = rng.normal(size=(3000, 4)) + 1.2 * np.eye(4)[labels]
-  found = curves.curves(np.eye(4)[labels], scores, points=4001)
+  logits = rng.normal(size=(3000, 4)) + 1.2 * np.eye(4)[labels]
+  # Only after the softmax does a logit compare with that of another row.
+  logits += 3 * rng.normal(size=(3000, 1))
+  scores = special.softmax(logits, axis=1)
+  found = curves.curves(np.eye(4)[labels], logits, points=4001)
   area = np.trapezoid(found["roc"]["y"], found["roc"]["x"])
   assert area == pytest.approx(classification.auroc(labels, scores), abs=1e-4)
   area = np.mean(found["precision_recall"]["y"][1:])
@@ -76,12 +80,14 @@ def test_areas_under_the_macro_curves_are_the_macro_metrics():
 
 
 def test_two_classes_are_the_second_and_two_labels_are_both():
-  positive, scores = example()
+  positive, scores = example(ties=False)
   targets = np.stack([~positive, positive], 1).astype(float)
   table = np.stack([np.flip(scores), scores], 1)
   found = curves.curves(targets, table)
+  # Of two classes the difference of the logits decides.
+  apart = curves.roc(positive, scores - np.flip(scores))
+  np.testing.assert_allclose(found["roc"]["y"], apart.y)
   alone = curves.roc(positive, scores)
-  np.testing.assert_array_equal(found["roc"]["y"], alone.y)
   both = curves.curves(targets, table, many_labels=True)
   other = curves.roc(~positive, np.flip(scores))
   np.testing.assert_allclose(both["roc"]["y"], (alone.y + other.y) / 2)
@@ -111,8 +117,9 @@ def test_rows_of_unknown_targets_are_left_out_of_that_label_alone():
 def test_a_class_that_is_absent_is_left_out():
   rng = np.random.default_rng(4)
   labels = rng.integers(2, size=200)
-  scores = rng.normal(size=(200, 3)) + np.eye(3)[labels]
-  found = curves.curves(np.eye(3)[labels], scores)
+  logits = rng.normal(size=(200, 3)) + np.eye(3)[labels]
+  scores = special.softmax(logits, axis=1)
+  found = curves.curves(np.eye(3)[labels], logits)
   expected = [curves.roc(labels == k, scores[:, k]).y for k in (0, 1)]
   np.testing.assert_allclose(found["roc"]["y"], np.mean(expected, 0))
 

@@ -4,10 +4,13 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -62,6 +65,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     ValueError: `value` holds NaN or infinity, which are not JSON.
   """
   write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+  """Returns a value for JSON, which has no NaN: null for what is no number.
+
+  Args:
+    value: a number, None, or a mapping of such and of other things, which stay
+      as they are.
+  """
+  if isinstance(value, Mapping):
+    return {key: finite(inner) for key, inner in value.items()}
+  if isinstance(value, float | np.floating):
+    return float(value) if math.isfinite(value) else None
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def write_csv(

@@ -79,7 +79,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
       print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
       job = importlib.import_module(module)
-      importlib.import_module("jaxtransfer.parallel").cache_programs()
+      parallel = importlib.import_module("jaxtransfer.parallel")
+      parallel.cache_programs()
+      together = config.batch_size // config.get("accumulate", 1)
+      parallel.use_processors(max(1, together))
       return job.run(config, claimed)
   except errors.UsageError as e:
     _fail(str(e), USAGE)

@@ -6,6 +6,7 @@ rows; a program is compiled once because every batch has the same shape.
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import platform
 from collections.abc import Callable
@@ -16,8 +17,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtransfer import errors, files
+from jaxtransfer.data import pipeline
 
 MODES = ("jit", "pmap")
+# Beyond, a device's part of a usual batch is too small to be worth a copy of
+# the parameters.
+_MOST_PROCESSORS = 8
 
 
 def cache_programs() -> None:
@@ -33,6 +38,24 @@ def cache_programs() -> None:
   directory = files.cache_directory("programs", kind.hexdigest()[:12])
   jax.config.update("jax_compilation_cache_dir", str(directory))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def use_processors(batch_size: int) -> None:
+  """Makes each processor a device where there is no accelerator.
+
+  Much of what XLA's CPU compiler makes of a network runs on one thread; with a
+  part of the batch on each processor all of them have work. Where
+  JAX_NUM_CPU_DEVICES is set, it holds. To be called before JAX is used.
+
+  Args:
+    batch_size: which the devices have to share evenly.
+  """
+  if "JAX_NUM_CPU_DEVICES" in os.environ:
+    return
+  count = _MOST_PROCESSORS
+  while count > pipeline.processors() or batch_size % count:
+    count //= 2
+  jax.config.update("jax_num_cpu_devices", count)
 
 
 class Devices:

@@ -160,7 +160,7 @@ class Batches(grain.DatasetIterator):
       # Two batches in the making, so that no thread waits for the slowest
       # image of one.
       self._pool = futures.ThreadPoolExecutor(
-        _processors(), thread_name_prefix="read"
+        processors(), thread_name_prefix="read"
       )
       self._reader.pool = self._pool
       source, threads = self._reader, 2
@@ -191,7 +191,8 @@ def _close_all() -> None:
     batches.close()
 
 
-def _processors() -> int:
+def processors() -> int:
+  """Returns how many processors this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

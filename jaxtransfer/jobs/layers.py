@@ -31,7 +31,7 @@ from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, classification, cost, gain, probes
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import page
+from jaxtransfer.report import page, tables
 from jaxtransfer.training import steps
 from jaxtransfer.weights import loading
 
@@ -439,9 +439,11 @@ def _results(
       ),
     ):
       interval = None if again is None else bootstrap.interval(again)
-      rows.append(_row(base | split | {"tap": tap}, name, value, interval))
+      rows.append(
+        tables.row(base | split | {"tap": tap}, name, value, interval)
+      )
     for name, value in costs[t].items():
-      rows.append(_row({"weights": label, "tap": tap}, name, value))
+      rows.append(tables.row({"weights": label, "tap": tap}, name, value))
   rows = [{**row, "network": plan.network} for row in rows]
 
   gain_low = np.array([bootstrap.interval(again)[0] for again in gains_again])
@@ -534,35 +536,13 @@ def _score_rows(
         base = {"tap": tap, "probe": probe, **network}
         if not np.isnan(one.strengths[r, p]):
           strength = one.strengths[r, p]
-          rows.append(_row(base | val, "strength", strength))
+          rows.append(tables.row(base | val, "strength", strength))
         for m, metric in enumerate(plan.metrics):
           scores = one.values[r, p, m]
-          rows.append(_row(base | val, metric, scores[0]))
+          rows.append(tables.row(base | val, metric, scores[0]))
           interval = None if r else one.intervals[p, m]
-          rows.append(_row(base | test, metric, scores[1], interval))
+          rows.append(tables.row(base | test, metric, scores[1], interval))
   return rows
-
-
-def _row(
-  base: Mapping[str, Any],
-  metric: str,
-  value: float,
-  interval: Sequence[float] | None = None,
-) -> dict[str, Any]:
-  low, high = (None, None) if interval is None else interval
-  numbers = {"value": value, "low": low, "high": high}
-  empty = dict.fromkeys(("weights", "tap", "probe", "split", "n", "seed"))
-  return {
-    **empty,
-    **base,
-    "metric": metric,
-    **{name: _finite(number) for name, number in numbers.items()},
-  }
-
-
-def _finite(number: float | None) -> float | None:
-  """JSON has no NaN: what could not be measured is null."""
-  return float(number) if number is not None and np.isfinite(number) else None
 
 
 def _sentence(

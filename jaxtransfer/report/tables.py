@@ -27,6 +27,33 @@ ABSENT = "–"
 _LONGEST_NAME = 80
 
 
+def row(
+  base: Mapping[str, Any],
+  metric: str,
+  value: float,
+  interval: Sequence[float] | None = None,
+) -> dict[str, Any]:
+  """Returns one row of `measurements` in results.json.
+
+  Args:
+    base: what is said of it in the other `COLUMNS`; null where nothing is.
+    metric: what was measured.
+    value: NaN where it is not defined.
+    interval: its ends.
+  """
+  low, high = (None, None) if interval is None else interval
+  numbers = {"value": value, "low": low, "high": high}
+  return {
+    **dict.fromkeys(COLUMNS),
+    **base,
+    "metric": metric,
+    **{
+      name: None if number is None else files.finite(float(number))
+      for name, number in numbers.items()
+    },
+  }
+
+
 class Series(NamedTuple):
   """One quantity along the taps; NaN where nothing was measured.
 

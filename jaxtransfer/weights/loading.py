@@ -34,6 +34,8 @@ class Source:
       does not say.
     flatten: side of the images whose whole map the file's head reads, pixels;
       None for a head on pooled features.
+    slim_after: the last layer of full width in a network that `export` wrote;
+      None where all are, or the file does not say.
   """
 
   label: str
@@ -45,6 +47,17 @@ class Source:
   licence: str = ""
   until: str = ""
   flatten: int | None = None
+  slim_after: str | None = None
+
+  def card(self) -> dict[str, Any]:
+    """Returns what a network that began with these weights says of them."""
+    return {
+      "weights": self.label,
+      "weights_sha256": self.sha256,
+      "mean": list(self.mean),
+      "std": list(self.std),
+      "licence": self.licence,
+    }
 
 
 def resolve_weights(
@@ -96,6 +109,7 @@ def resolve_weights(
     licence=str(about.get("licence", "")),
     until=str(about.get("until", "")),
     flatten=_side(path, about.get("flatten")),
+    slim_after=_layer(path, about.get("slim_after")),
   )
 
 
@@ -138,6 +152,12 @@ def _side(path: pathlib.Path, value: Any) -> int | None:
   if value is None or (type(value) is int and 0 < value < 10_000):
     return value
   raise errors.UsageError(f"{path}: flatten in its header is {value!r}")
+
+
+def _layer(path: pathlib.Path, value: Any) -> str | None:
+  if value is None or isinstance(value, str):
+    return value
+  raise errors.UsageError(f"{path}: slim_after in its header is {value!r}")
 
 
 def _triple(
@@ -196,14 +216,17 @@ def read_weights(
       shape, not floating point, or holds NaN or infinity.
   """
   family = zoo.family(network)
+  slim_after = source.slim_after
   stored = readers.open_checkpoint(source.path)
   try:
     places = keymaps.to_torchvision(
       {name: tensor.shape for name, tensor in stored.items()},
       family=family,
       network=network,
-      wanted=tensors.shapes(zoo.build(network, until=until)),
-      trunk=tensors.shapes(zoo.build(network)),
+      wanted=tensors.shapes(
+        zoo.build(network, until=until, slim_after=slim_after)
+      ),
+      trunk=tensors.shapes(zoo.build(network, slim_after=slim_after)),
       head=tensors.head_names(family) if keep_head else None,
     )
   except errors.UsageError as error:
@@ -235,6 +258,7 @@ def create_model(
   seed: int = 0,
   dtype: Any = jnp.float32,
   flatten: int | None = None,
+  slim_after: str | None = None,
 ) -> Network:
   """Creates a network, cut where asked, with pretrained or random weights.
 
@@ -253,6 +277,10 @@ def create_model(
     dtype: compute dtype; parameters stay float32.
     flatten: makes the fresh head read the whole last map of images of this
       side, in pixels, and not its mean.
+    slim_after: the last layer that has its full width and the weights' own
+      numbers; all after it have half the width and random ones, and theirs
+      are never read. None for full width, or for the width of a file that
+      `export` wrote.
 
   Returns:
     The network: `model(images)` with images (N, H, W, 3) float, normalised by
@@ -278,6 +306,18 @@ def create_model(
         f" {weights.until or 'the last layer'}: until={until!r} cuts it off;"
         " drop one of them"
       )
+  if slim_after is not None:
+    if keep_head:
+      raise errors.UsageError(
+        "keep_head=True keeps a head of other features than those of random"
+        f" layers after slim_after={slim_after!r}: drop one of them"
+      )
+    if weights.slim_after is not None:
+      raise errors.UsageError(
+        f"{weights.path} holds a network of half width after"
+        f" {weights.slim_after} and its numbers: drop slim_after"
+      )
+    zoo.build(name, until=until, slim_after=slim_after)
   if keep_head:
     flatten = weights.flatten
   if keep_head and weights.path is None:
@@ -289,7 +329,9 @@ def create_model(
     raise errors.UsageError(f"num_classes={num_classes}: at least 1")
   values: dict[str, np.ndarray] = {}
   if weights.path is not None:
-    values = read_weights(weights, name, until=until, keep_head=keep_head)
+    values = read_weights(
+      weights, name, until=slim_after or until, keep_head=keep_head
+    )
   if keep_head:
     weight, _ = tensors.head_names(zoo.family(name))
     num_classes = len(values[weight])
@@ -300,6 +342,7 @@ def create_model(
     dtype=dtype,
     final_relu=weights.final_relu,
     flatten=flatten,
+    slim_after=slim_after or weights.slim_after,
   )
   expected = tensors.shapes(model)
   for tensor in tensors.head_names(zoo.family(name)) if keep_head else ():
@@ -340,6 +383,7 @@ def export(
     "network": model.name,
     "until": model.layer_names[-1],
     "flatten": model.flatten,
+    "slim_after": model.slim_after,
     "final_relu": model.relu or model.family != "densenet",
     **(details or {}),
   }

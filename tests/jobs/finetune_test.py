@@ -329,7 +329,7 @@ def test_the_recipe_of_the_embedded_weights_is_a_config_that_holds():
   plan = finetune.make_plan(config)
   assert plan.network == "resnet18" and plan.until is None
   assert config.epochs == 13 and config.loss.label_smoothing == 0.05
-  assert plan.schedule.name == "one_cycle" and plan.optimiser.name == "sgd"
+  assert config.schedule.name == "one_cycle" and config.optimiser.name == "sgd"
 
 
 def test_unreadable_images_are_listed_and_limited(source, tmp_path):

@@ -1,0 +1,440 @@
+"""One training as a config describes it: what all jobs that train share.
+
+A `Trial` binds a network to images, a division of them and a recipe; it is
+trained, judged on validation, and read on the test split when it is asked to.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from scipy import special
+
+from jaxtransfer import errors, files, parallel
+from jaxtransfer.data import labels as labelling
+from jaxtransfer.data import pipeline, sources
+from jaxtransfer.data import splits as splitting
+from jaxtransfer.measure import bootstrap, calibration, curves
+from jaxtransfer.networks.network import Network
+from jaxtransfer.training import augment, loop, optimisers, scoring, steps
+
+HEADS = ("gap", "flatten")
+CLASS_WEIGHTS = ("none", "balanced")
+# A larger table of confusions is no longer one that somebody reads.
+_MOST_CONFUSED = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The images of a run.
+
+  Attributes:
+    examples: the source.
+    rows: split -> rows of the source.
+    names: of what is predicted.
+    targets: (labels, C) float32, as `data.labels.read_targets` returns them.
+    notes: what the user should know, a line each.
+  """
+
+  examples: sources.Examples
+  rows: Mapping[str, np.ndarray]
+  names: list[str]
+  targets: np.ndarray
+  notes: list[str]
+
+  def groups_of(self, rows: np.ndarray) -> list[str] | None:
+    """Returns the groups of some rows, None where none are known."""
+    groups = self.examples.groups
+    return None if groups is None else [groups[row] for row in rows]
+
+
+def open_data(
+  config: ml_collections.ConfigDict, splits: str | os.PathLike[str]
+) -> Data:
+  """Opens the source and divides it, or reads how it was divided.
+
+  Args:
+    config: the whole config.
+    splits: path of splits.json.
+
+  Raises:
+    UsageError: the source or its labels cannot be used.
+  """
+  examples = sources.open_source(config.data)
+  names, targets = labelling.read_targets(examples.classes, config.many_labels)
+  divided, notes = splitting.divide(
+    config, examples, splits, every_class=not config.many_labels
+  )
+  if len(names) < 2 - config.many_labels:
+    raise errors.UsageError(
+      f"{config.data.source} has {len(names)} classes; this needs two, or one"
+      " with config.many_labels"
+    )
+  if config.many_labels:
+    known = targets[examples.labels[divided["train"]]]
+    for name, column in zip(names, known.T, strict=True):
+      if not (column == 0).any() or not (column == 1).any():
+        raise errors.UsageError(
+          f"the train split has no image with, or none without, {name!r};"
+          " leave it out or change the splits"
+        )
+  return Data(examples, divided, names, targets, [*examples.notes, *notes])
+
+
+class Trial:
+  """A network, what it is trained on, and how.
+
+  Args:
+    config: the whole config; of it the keys of `configuration.training`.
+    data: the images and their division.
+    network: as training begins; it is not changed.
+    devices: where.
+    mean: of each channel, in [0, 1].
+    std: of each channel, in [0, 1].
+    seed: decides the order of the images and what is random in the steps.
+    metric: of validation, by which the epoch is chosen.
+    frozen: how many of the network's first layers are not trained.
+    backbone: learning rate of all but the head, as a share of the head's; the
+      config's by default.
+
+  Attributes:
+    loss: what is made small.
+    steps: of the whole training.
+    failures: image -> why it could not be read, of all splits read so far.
+
+  Raises:
+    UsageError: a key of the config is out of range, or there are fewer images
+      than a batch holds.
+  """
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    data: Data,
+    network: Network,
+    devices: parallel.Devices,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    metric: str,
+    frozen: int = 0,
+    backbone: float | None = None,
+  ):
+    self._config = config
+    self._data = data
+    self._network = network
+    self._devices = devices
+    self._mean, self._std = mean, std
+    self._seed = seed
+    self.failures: dict[str, str] = {}
+    check(config, devices)
+    self._train = pipeline.Batches(
+      data.examples,
+      data.rows["train"],
+      image_size=config.data.image_size,
+      batch_size=config.batch_size,
+      workers=config.data.workers,
+      shuffle_seed=seed,
+      epochs=config.epochs,
+      drop_last=True,
+    )
+    self.steps = len(self._train)
+    self.loss = _loss(config, data)
+    self._schedule = optimisers.Schedule(**config.schedule)
+    optimiser = optimisers.Optimiser(**config.optimiser)
+    if backbone is not None:
+      optimiser = dataclasses.replace(optimiser, backbone=backbone)
+    self._recipe = steps.Recipe(
+      loss=self.loss,
+      optimiser=optimiser,
+      schedule=self._schedule.multiplier(
+        self.steps, self.steps // config.epochs
+      ),
+      augmentation=augment.Augmentation(**config.augment),
+      mean=mean,
+      std=std,
+      frozen=frozen,
+      batch_norm=config.batch_norm,
+      accumulate=config.accumulate,
+      average=config.average,
+    )
+    self._settings = loop.Settings(
+      epochs=config.epochs,
+      metric=metric,
+      log_steps=config.log_steps,
+      checkpoint_steps=config.checkpoint_steps,
+      checkpoints=config.checkpoints,
+      images=len(data.rows["train"]),
+      max_failures=config.data.max_failures,
+      patience=config.patience,
+    )
+
+  @property
+  def trained_params(self) -> int:
+    """How many numbers the training may change."""
+    state = steps.first_state(self._network, self._recipe, self._seed)
+    return sum(value.size for value in state.params.values())
+
+  def fit(
+    self,
+    directory: pathlib.Path,
+    journal: loop.Journal,
+    stop_after: int | None = None,
+  ) -> loop.Fitted:
+    """Trains; the same call after any stop goes on where it was.
+
+    Args:
+      directory: for `checkpoints/`.
+      journal: takes the lines of metrics.jsonl.
+      stop_after: as `loop.fit` takes it.
+
+    Raises:
+      RunError, SystemExit: as `loop.fit` raises them.
+    """
+    fitted = loop.fit(
+      self._network,
+      self._recipe,
+      self._schedule,
+      self._settings,
+      train=self._train,
+      validate=lambda: self._batches("val"),
+      score=self._score,
+      devices=self._devices,
+      directory=directory,
+      journal=journal,
+      seed=self._seed,
+      stop_after=stop_after,
+    )
+    self.failures |= dict(fitted.failures)
+    return fitted
+
+  def predict(
+    self, numbers: loop.Numbers, splits: Sequence[str]
+  ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns split -> (N,) rows that could be read and (N, C) logits.
+
+    Args:
+      numbers: parameters and statistics.
+      splits: which to read.
+    """
+    graph, _, _ = steps.take_apart(self._network)
+    forward = self._devices.compile(
+      steps.make_predict(graph, self._mean, self._std)
+    )
+    numbers = self._devices.replicate(numbers)
+    outputs = {}
+    for split in splits:
+      with self._batches(split) as read:
+        outputs[split] = loop.predict(forward, numbers, read, self._devices)
+    return outputs
+
+  def measure(
+    self,
+    rows: np.ndarray,
+    logits: np.ndarray,
+    weights: np.ndarray | None = None,
+  ) -> scoring.Scores:
+    """Measures logits; see `scoring.measure`.
+
+    Args:
+      rows: (N,) of the source.
+      logits: (N, C) float32.
+      weights: (R, N), how often an image counts in each of R resamples.
+    """
+    labels = self._data.examples.labels[rows]
+    return scoring.measure(self.loss, self._data.names, labels, logits, weights)
+
+  def _score(self, rows: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+    found = self.measure(rows, logits)
+    return {**found.values, "classes": found.classes}
+
+  def _batches(self, split: str) -> "_Reported":
+    return _Reported(
+      self._config, self._data, split, self._devices, self.failures
+    )
+
+
+def check(config: ml_collections.ConfigDict, devices: parallel.Devices) -> None:
+  """Checks the keys that say how to train, before anything is opened.
+
+  Raises:
+    UsageError: naming the key.
+  """
+  optimisers.check_one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  optimisers.check_one_of("network.head", config.network.head, HEADS)
+  optimisers.check_one_of(
+    "loss.class_weights", config.loss.class_weights, CLASS_WEIGHTS
+  )
+  optimisers.check_range(
+    "loss.label_smoothing", config.loss.label_smoothing, least=0, below=1
+  )
+  for key in ("batch_size", "resamples", "epochs", "accumulate"):
+    optimisers.check_range(key, config[key], least=1)
+  optimisers.check_range("data.image_size", config.data.image_size, least=1)
+  optimisers.Optimiser(**config.optimiser)
+  optimisers.Schedule(**config.schedule)
+  augment.Augmentation(**config.augment)
+  parts = len(devices.devices) * config.accumulate
+  if config.batch_size % parts:
+    raise errors.UsageError(
+      f"config.batch_size is {config.batch_size}; it must be a multiple of"
+      f" {parts}: {len(devices.devices)} devices x config.accumulate"
+    )
+
+
+class _Reported(pipeline.Batches):
+  """The batches of a split in order; says at its end what was unreadable."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    data: Data,
+    split: str,
+    devices: parallel.Devices,
+    unreadable: dict[str, str],
+  ):
+    super().__init__(
+      data.examples,
+      data.rows[split],
+      image_size=config.data.image_size,
+      batch_size=devices.batch_size(config.batch_size),
+      workers=config.data.workers,
+    )
+    self._unreadable_of_run = unreadable
+    self._limit = len(data.rows[split]), config.data.max_failures
+
+  def close(self) -> None:
+    super().close()
+    self._unreadable_of_run |= dict(self.failures)
+    pipeline.too_many(self.failures, *self._limit)
+
+
+def _loss(config: ml_collections.ConfigDict, data: Data) -> steps.Loss:
+  targets = data.targets[data.examples.labels[data.rows["train"]]]
+  weights = np.ones(len(data.names), np.float32)
+  if config.loss.class_weights == "balanced":
+    there = np.nansum(targets, axis=0)
+    if config.many_labels:
+      weights = np.nansum(1 - targets, axis=0) / there
+    else:
+      weights = len(targets) / (len(data.names) * there)
+  return steps.Loss(
+    targets=data.targets,
+    many=config.many_labels,
+    weights=weights.astype(np.float32),
+    smoothing=config.loss.label_smoothing,
+  )
+
+
+def evaluate(
+  trial: Trial,
+  data: Data,
+  outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  resamples: int,
+  seed: int,
+) -> dict[str, Any]:
+  """Measures one trained network, its temperature fitted on validation.
+
+  Args:
+    trial: it.
+    data: its images.
+    outputs: of `val` and `test`, as `Trial.predict` returns them.
+    resamples: of the groups, for the intervals of the test split.
+    seed: of these.
+
+  Returns:
+    temperature; rows: (split, metric, value, interval or None, images);
+    confusion: (C, C) or None; reliability and curves: of the test split.
+  """
+  loss = trial.loss
+  labels = {s: data.examples.labels[rows] for s, (rows, _) in outputs.items()}
+  temperature = calibration.fit_temperature(
+    *scoring.decisions(loss, labels["val"], outputs["val"][1])
+  )
+  test_rows, test_logits = outputs["test"]
+  weights = bootstrap.resample_weights(
+    labels["test"], data.groups_of(test_rows), resamples, seed
+  )
+  rows = []
+  for split, suffix, divisor, again in (
+    ("val", "", 1.0, None),
+    ("test", "", 1.0, weights),
+    ("val", ":calibrated", temperature, None),
+    ("test", ":calibrated", temperature, weights),
+  ):
+    read, logits = outputs[split][0], outputs[split][1] / divisor
+    flat = _flat(trial.measure(read, logits))
+    flat_again = (
+      {} if again is None else _flat(trial.measure(read, logits, again))
+    )
+    for name, value in flat.items():
+      # A temperature changes how sure a network is, not its order.
+      if suffix and name not in loop.LOWER:
+        continue
+      interval = None
+      if name in flat_again:
+        interval = bootstrap.interval(flat_again[name])
+      rows.append((split, name + suffix, value, interval, len(logits)))
+  confusion = None
+  if not loss.many and len(data.names) <= _MOST_CONFUSED:
+    table = np.zeros((len(data.names),) * 2, int)
+    np.add.at(table, (labels["test"], test_logits.argmax(1)), 1)
+    confusion = table.tolist()
+  of_decisions = scoring.decisions(loss, labels["test"], test_logits)
+  return {
+    "temperature": temperature,
+    "rows": rows,
+    "confusion": confusion,
+    "curves": curves.curves(loss.targets[labels["test"]], test_logits, weights),
+    "reliability": {
+      "before": _reliability(*of_decisions),
+      "after": _reliability(of_decisions[0], of_decisions[1] / temperature),
+    },
+  }
+
+
+def _flat(scores: scoring.Scores) -> dict[str, scoring.Value]:
+  of_classes = {
+    f"{metric}:{name}": value
+    for metric, values in scores.classes.items()
+    for name, value in values.items()
+  }
+  return {**scores.values, **of_classes}
+
+
+def _reliability(labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+  probabilities = special.softmax(logits, axis=1)
+  found = calibration.reliability(labels, probabilities)
+  names = ("confidence", "accuracy", "count")
+  return {
+    name: [files.finite(v) for v in values]
+    for name, values in zip(names, found, strict=True)
+  }
+
+
+def card(
+  config: ml_collections.ConfigDict, data: Data, evaluated: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns what a user of the exported network must know of its training.
+
+  Args:
+    config: the whole config.
+    data: its images.
+    evaluated: as `evaluate` returns it.
+  """
+  return {
+    "head": config.network.head,
+    "classes": data.names,
+    "many_labels": config.many_labels,
+    "image_size": config.data.image_size,
+    "temperature": evaluated["temperature"],
+    "metrics": {
+      f"{split}:{metric}": files.finite(value)
+      for split, metric, value, _, _ in evaluated["rows"]
+    },
+  }

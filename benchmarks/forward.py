@@ -48,9 +48,13 @@ def timed(
 class Jax:
   """Our side, in this process."""
 
-  def __init__(self):
+  def __init__(self, batch: int):
     import jax
 
+    from jaxtransfer import parallel
+
+    # As the launcher does.
+    parallel.use_processors(batch)
     self.device = jax.devices()[0]
     self.gpu = self.device.platform == "gpu"
 
@@ -62,15 +66,18 @@ class Jax:
     import jax.numpy as jnp
     from flax import nnx
 
+    from jaxtransfer import parallel
     from jaxtransfer.networks import tensors, zoo
 
+    devices = parallel.Devices()
     model = zoo.build(name, num_classes=1000, dtype=jnp.dtype(dtype))
     tensors.load(model, tensors.random(model, 0))
     graph, state = nnx.split(model)
     images = jax.random.normal(
       jax.random.key(0), (batch, size, size, 3), jnp.dtype(dtype)
     )
-    forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+    state, images = devices.replicate(state), devices.put(images)
+    forward = devices.compile(lambda state, x: nnx.merge(graph, state)(x))
     start = time.perf_counter()
     compiled = forward.lower(state, images).compile()
     seconds = time.perf_counter() - start
@@ -265,7 +272,7 @@ def main() -> None:
   if flags.serve:
     return serve()
 
-  ours, server = Jax(), None
+  ours, server = Jax(flags.batch or 16), None
   if flags.torch_python or importlib.util.find_spec("torch"):
     server = Server(flags.torch_python or sys.executable)
   batch = flags.batch or (256 if ours.gpu else 16)

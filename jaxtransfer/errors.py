@@ -15,3 +15,7 @@ class RunError(RuntimeError):
   What was computed before it stays on disk. `main` prints the message, one
   line, and exits with 1.
   """
+
+
+class DivergedError(RunError):
+  """A training whose numbers are no longer finite: it alone has failed."""

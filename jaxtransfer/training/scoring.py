@@ -59,7 +59,7 @@ def measure(
   if not len(labels):
     raise errors.RunError("a split has no image that could be read")
   if not np.isfinite(logits).all():
-    raise errors.RunError(
+    raise errors.DivergedError(
       "the network's outputs are not finite; lower"
       " config.optimiser.learning_rate, in another workdir"
     )

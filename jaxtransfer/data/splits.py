@@ -332,6 +332,64 @@ def divide(
         config.data.few_shot,
         config.seed,
       )
+  return divided, _check_usable(config, examples, divided, every_class)
+
+
+def divide_folds(
+  config: ml_collections.ConfigDict,
+  examples: Examples,
+  *,
+  every_class: bool = True,
+) -> tuple[list[dict[str, np.ndarray]], list[str]]:
+  """Divides the source for cross-validation: each row is tested once.
+
+  Fold i is the test split of the i-th division, the one after it the
+  validation split, the others are trained on.
+
+  Args:
+    config: as in `divide`, with `folds`, 3 or more.
+    examples: the source; splits that it gives itself are not used.
+    every_class: as in `divide`.
+
+  Returns:
+    Row indices of train, val and test of every division, and what the user
+    should know.
+
+  Raises:
+    UsageError: too few groups, or a division that cannot be used.
+  """
+  folds = config.folds
+  fold = k_folds(examples.labels, examples.groups, folds, config.seed)
+  divisions, notes = [], {}
+  for i in range(folds):
+    val = fold == (i + 1) % folds
+    divided = {
+      "train": np.flatnonzero((fold != i) & ~val),
+      "val": np.flatnonzero(val),
+      "test": np.flatnonzero(fold == i),
+    }
+    if config.data.few_shot:
+      divided["train"] = few_shot(
+        divided["train"],
+        examples.labels,
+        examples.groups,
+        config.data.few_shot,
+        config.seed,
+      )
+    notes |= dict.fromkeys(
+      _check_usable(config, examples, divided, every_class)
+    )
+    divisions.append(divided)
+  return divisions, list(notes)
+
+
+def _check_usable(
+  config: ml_collections.ConfigDict,
+  examples: Examples,
+  divided: Mapping[str, np.ndarray],
+  every_class: bool,
+) -> list[str]:
+  """Checks one division and returns what the user should know."""
   for name, rows in divided.items():
     present = {examples.classes[c] for c in examples.labels[rows]}
     if len(present) < 1 + every_class:
@@ -354,7 +412,7 @@ def divide(
       " resampled one by one. Scores are too high and intervals too narrow"
       " where images of one patient are alike."
     )
-  return divided, notes
+  return notes
 
 
 def _check_disjoint(

@@ -124,22 +124,24 @@ def aliases(spec: Spec) -> dict[str, str]:
 
 
 def make_layers(
-  spec: Spec, dtype: jnp.dtype
+  spec: Spec, dtype: jnp.dtype, slim_after: str | None = None
 ) -> Iterator[tuple[str, nnx.Module]]:
   """Yields (name, module) in order; what is not asked for is not built."""
-  channels = spec.width
+  channels, growth = spec.width, spec.growth
   for name, kind in _plan(spec):
     match kind:
       case "stem":
         layer = Stem(channels, dtype)
       case "dense":
-        layer = DenseLayer(channels, spec.growth, dtype)
+        layer = DenseLayer(channels, growth, dtype)
       case "transition":
         layer = Transition(channels, dtype)
       case "norm":
         layer = FinalNorm(channels, dtype)
     channels = layer.channels
     yield name, layer
+    if name == slim_after:
+      growth //= 2
 
 
 def _plan(spec: Spec) -> Iterator[tuple[str, str]]:

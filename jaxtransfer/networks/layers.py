@@ -1,4 +1,4 @@
-"""The few layers that ResNet and DenseNet are made of, exact to torch's.
+"""The few layers that the networks are made of, exact to torch's.
 
 Every layer is built without values (`zoo.build` traces the constructors), so a
 constructor only says which shapes there are; `tensors.load` fills them.

@@ -23,7 +23,7 @@ class Network(nnx.Module):
 
   Args:
     name: the zoo's name.
-    family: whose names and initialiser hold ("resnet", "densenet").
+    family: whose names and initialiser hold ("resnet", "densenet", "cbr").
     layers: (layer name, module) in order, already cut. A module maps
       (x_NHWC, train) to the next x_NHWC, knows its output's `channels`, and
       `macs(size)` gives its multiply-accumulates for one image of that (height,
@@ -35,6 +35,7 @@ class Network(nnx.Module):
     dtype: what the layers compute in.
     flatten: side in pixels of the images whose whole last map the head reads;
       None for a head on the pooled features.
+    slim_after: the last layer of full width; None where all are.
   """
 
   def __init__(
@@ -47,6 +48,7 @@ class Network(nnx.Module):
     num_classes: int | None,
     dtype: jnp.dtype,
     flatten: int | None = None,
+    slim_after: str | None = None,
   ):
     self.name = name
     self.family = family
@@ -61,6 +63,7 @@ class Network(nnx.Module):
     self.relu = relu
     self.channels = layers[-1][1].channels
     self.flatten = flatten
+    self.slim_after = slim_after
     height, width = (1, 1) if flatten is None else self._map_size(flatten)
     self.head = (
       None

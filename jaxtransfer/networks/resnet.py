@@ -81,7 +81,7 @@ class Block(nnx.Module):
   Args:
     spec: the network's.
     channels_in: width of the input.
-    planes: the stage's base width (64, 128, 256, 512).
+    planes: the stage's base width (64, 128, 256, 512), or half of it.
     stride: 2 in the first block of stages two to four.
     dtype: compute dtype.
   """
@@ -154,15 +154,18 @@ def aliases(spec: Spec) -> dict[str, str]:
 
 
 def make_layers(
-  spec: Spec, dtype: jnp.dtype
+  spec: Spec, dtype: jnp.dtype, slim_after: str | None = None
 ) -> Iterator[tuple[str, nnx.Module]]:
   """Yields (name, module) in order; what is not asked for is not built."""
   stem = Stem(dtype)
   yield "stem", stem
+  slim = slim_after == "stem"
   channels = stem.channels
   for stage, depth in enumerate(spec.depths, 1):
     for i in range(depth):
       stride = 2 if stage > 1 and i == 0 else 1
-      block = Block(spec, channels, 32 * 2**stage, stride, dtype)
+      planes = 32 * 2**stage // (2 if slim else 1)
+      block = Block(spec, channels, planes, stride, dtype)
       yield f"layer{stage}.{i}", block
       channels = block.channels
+      slim = slim or slim_after == f"layer{stage}.{i}"

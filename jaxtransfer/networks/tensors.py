@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxtransfer.networks.network import Network
 
-_HEADS = {"resnet": "fc", "densenet": "classifier"}
-_PREFIXES = {"resnet": "", "densenet": "features."}
+_HEADS = {"resnet": "fc", "densenet": "classifier", "cbr": "fc"}
+_PREFIXES = {"resnet": "", "densenet": "features.", "cbr": ""}
 _SUFFIXES = {
   "kernel": "weight",
   "scale": "weight",
@@ -114,7 +114,7 @@ def random(model: Network, seed: int) -> dict[str, np.ndarray]:
 
   Source: the constructors of torchvision.models.resnet (Kaiming normal,
     fan-out) and torchvision.models.densenet (Kaiming normal, fan-in), and
-    torch.nn.Linear.
+    torch.nn.Linear. CBR's is not published; it gets Kaiming normal, fan-in.
   """
   head = head_names(model.family)
   values = {}
@@ -124,7 +124,7 @@ def random(model: Network, seed: int) -> dict[str, np.ndarray]:
       fan = shape[0] if model.family == "resnet" else shape[1]
       std = np.sqrt(2 / (fan * shape[2] * shape[3]))
       value = generator.standard_normal(shape) * std
-    elif name in head and (len(shape) == 2 or model.family == "resnet"):
+    elif name in head and (len(shape) == 2 or model.family != "densenet"):
       fan = model.head.kernel.shape[0]
       value = generator.uniform(-1, 1, shape) / np.sqrt(fan)
     else:

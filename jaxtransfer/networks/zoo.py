@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import types
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer import errors
-from jaxtransfer.networks import densenet, resnet
+from jaxtransfer.networks import cbr, densenet, resnet
 from jaxtransfer.networks.network import Network, nearest, unknown_layer
 
-_FAMILIES = {"resnet": resnet, "densenet": densenet}
+_FAMILIES = {"resnet": resnet, "densenet": densenet, "cbr": cbr}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def list_models() -> list[str]:
 
 
 def family(name: str) -> str:
-  """Returns "resnet" or "densenet".
+  """Returns "resnet", "densenet" or "cbr".
 
   Raises:
     UsageError: no such network.
@@ -71,21 +72,45 @@ def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   network = build(name)
   stages = {layer: alias for alias, layer in network.aliases}
   found = []
-  params, macs = 0, 0
-  size, strided = (image_size, image_size), (224, 224)
-  for layer_name, layer in zip(
-    network.layer_names, network.layers, strict=True
+  strided = (224, 224)
+  for layer_name, layer, (params, macs) in zip(
+    network.layer_names,
+    network.layers,
+    _costs(network, image_size),
+    strict=True,
   ):
-    state = nnx.state(layer, nnx.Param)
-    params += sum(leaf.size for leaf in jax.tree.leaves(state))
-    own, size = layer.macs(size)
-    macs += own
     strided = layer.macs(strided)[1]
     for alias in filter(None, [layer_name, stages.get(layer_name)]):
       found.append(
         Layer(alias, layer.channels, 224 // strided[0], params, macs)
       )
   return tuple(found)
+
+
+def count(network: Network, image_size: int = 224) -> tuple[int, int]:
+  """Counts what any network's trunk holds and does; its head is left out.
+
+  Args:
+    network: cut, slim or whole, with or without values.
+    image_size: side of the image whose multiply-accumulates are counted.
+
+  Returns:
+    Trainable parameters, and multiply-accumulates for one image.
+  """
+  *_, total = _costs(network, image_size)
+  return total
+
+
+def _costs(network: Network, image_size: int) -> Iterator[tuple[int, int]]:
+  """Yields (parameters, multiply-accumulates) up to and with each layer."""
+  params, macs = 0, 0
+  size = (image_size, image_size)
+  for layer in network.layers:
+    state = nnx.state(layer, nnx.Param)
+    params += sum(leaf.size for leaf in jax.tree.leaves(state))
+    own, size = layer.macs(size)
+    macs += own
+    yield params, macs
 
 
 def select_taps(
@@ -133,6 +158,7 @@ def build(
   dtype: jnp.dtype = jnp.float32,
   final_relu: bool = True,
   flatten: int | None = None,
+  slim_after: str | None = None,
 ) -> Network:
   """Builds a network without values: every variable holds a shape only.
 
@@ -145,12 +171,18 @@ def build(
       published histology networks pool norm5 without it.
     flatten: side of the images whose whole last map the head reads, pixels;
       None for a head on the pooled features.
+    slim_after: the last layer of full width; all after it have half the width
+      (ResNet and CBR half the channels inside and out, DenseNet half the
+      growth). Names stay; where the width changes inside a ResNet's stage its
+      block gets a shortcut convolution. None for full width.
 
   Returns:
     The network; `tensors.load` gives it values.
 
   Raises:
-    UsageError: no such network or layer.
+    UsageError: no such network or layer, or none after `slim_after`.
+
+  Source: `slim_after` is the hybrid of Raghu et al. 2019, arXiv:1902.07208.
   """
   kind = family(name)
   module: types.ModuleType = _FAMILIES[kind]
@@ -160,11 +192,19 @@ def build(
   last = names[-1] if until is None else aliases.get(until, until)
   if last not in names:
     raise unknown_layer(name, until, [*aliases, *names])
+  full = None if slim_after is None else aliases.get(slim_after, slim_after)
+  if full is not None and full not in names:
+    raise unknown_layer(name, slim_after, [*aliases, *names])
+  if full is not None and names.index(full) >= names.index(last):
+    raise errors.UsageError(
+      f"slim_after={slim_after!r}: nothing after it in {name}, which ends with"
+      f" {last}; give an earlier layer"
+    )
   dtype = jnp.dtype(dtype)
 
   def construct() -> Network:
     kept = []
-    for layer in module.make_layers(spec, dtype):
+    for layer in module.make_layers(spec, dtype, full):
       kept.append(layer)
       if layer[0] == last:
         break
@@ -177,6 +217,7 @@ def build(
       num_classes=num_classes,
       dtype=dtype,
       flatten=flatten,
+      slim_after=full,
     )
 
   return nnx.eval_shape(construct)

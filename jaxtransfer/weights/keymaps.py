@@ -78,6 +78,7 @@ _LAYOUTS = {
       ("^classifier", "classifier", "^^fc_4"),
     ),
   ),
+  "cbr": (_Layout("block1.conv.weight", lambda name: name, ("fc",)),),
 }
 
 
@@ -99,7 +100,7 @@ def to_torchvision(
 
   Args:
     names: {name in the checkpoint: shape}, containers ended by a slash.
-    family: "resnet" or "densenet".
+    family: "resnet", "densenet" or "cbr".
     network: the network's name, for messages.
     wanted: {torchvision name: shape} of the tensors to find, without a head.
     trunk: the same of the uncut network: names that may be present. All that

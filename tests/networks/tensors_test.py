@@ -12,7 +12,12 @@ from tests.golden import draw, ours
 
 @pytest.mark.parametrize(
   "name, until",
-  [("resnet18", None), ("resnext50_32x4d", "layer2.0"), ("densenet121", None)],
+  [
+    ("resnet18", None),
+    ("resnext50_32x4d", "layer2.0"),
+    ("densenet121", None),
+    ("cbr_small", None),
+  ],
 )
 def test_what_goes_in_comes_out_bit_for_bit(name, until):
   model = zoo.build(name, until=until, num_classes=7)
@@ -76,10 +81,11 @@ def test_a_failing_load_changes_nothing(fault):
     ("resnet18", "layer3", 0),
     ("resnext50_32x4d", "layer2", 0),
     ("densenet121", "transition1", 1),
+    ("cbr_tiny", None, 1),
   ],
 )
 def test_random_is_the_familys_initialiser(name, until, fan_axis):
-  """Kaiming normal: fan-out in ResNet, fan-in in DenseNet.
+  """Kaiming normal: fan-out in ResNet, fan-in in DenseNet and CBR.
 
   The second moment of n normals of variance s^2 is s^2 within sqrt(2/n), the
   fourth 3 s^4 within sqrt(96/n); six of those are allowed.

@@ -57,7 +57,9 @@ def smallest():
 
 
 def test_every_published_network_is_there():
-  assert set(PUBLISHED) <= set(zoo.list_models())
+  """torchvision's, and the four small ones that they are compared with."""
+  small = {"cbr_larget", "cbr_largew", "cbr_small", "cbr_tiny"}
+  assert set(zoo.list_models()) == set(PUBLISHED) | small
   assert zoo.list_models() == sorted(zoo.list_models())
 
 
@@ -195,6 +197,22 @@ def test_taps_answer_under_the_names_and_in_the_order_asked():
     (lambda: zoo.build("resnet50", until="layr3"), "did you mean 'layer3'"),
     (lambda: zoo.list_layers("densnet121"), "did you mean 'densenet121'"),
     (lambda: zoo.build("resnet18", until=""), "no layer ''"),
+    (lambda: zoo.build("cbr_tny"), "did you mean 'cbr_tiny'"),
+    (
+      lambda: zoo.build("resnet18", slim_after="layr3"),
+      "did you mean 'layer3'",
+    ),
+    (lambda: zoo.build("resnet18", slim_after=""), "no layer ''"),
+    (
+      lambda: zoo.build("resnet18", slim_after="layer4"),
+      "nothing after it in resnet18, which ends with layer4.1",
+    ),
+    (
+      lambda: zoo.build("resnet18", until="layer2", slim_after="layer2.1"),
+      "nothing after it in resnet18, which ends with layer2.1",
+    ),
+    (lambda: zoo.build("cbr_tiny", slim_after="block4"), "nothing after it"),
+    (lambda: zoo.build("densenet121", slim_after="norm5"), "nothing after it"),
     (
       lambda: zoo.build("densenet121", until="layer3"),
       "densenet121 has no layer 'layer3'",
@@ -280,6 +298,123 @@ def test_bfloat16_stays_close_to_float32(name, until):
   assert logits.dtype == jnp.float32
   kinds = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
   assert kinds == {jnp.dtype(jnp.float32)}
+
+
+def test_resnet50_slim_after_layer3_has_the_published_size():
+  """TransFusion's hybrid in the table of Peng et al.: 12.9 million."""
+  params, macs = zoo.count(zoo.build("resnet50", slim_after="layer3"))
+  # layer4 in halves: its first block, and two more; kernels, then BatchNorm.
+  first = 1024 * 256 + 9 * 256**2 + 256 * 1024 + 1024 * 1024
+  other = 1024 * 256 + 9 * 256**2 + 256 * 1024
+  norms = 2 * (3 * (256 + 256 + 1024) + 1024)
+  assert params == 8543296 + first + 2 * other + norms == 12945472
+  # In that table 4.12 and 3.56, which count more than the products.
+  full = zoo.count(zoo.build("resnet50"))[1]
+  assert (full - macs) / 1e9 == pytest.approx(4.12 - 3.56, abs=0.01)
+
+
+HYBRIDS = [
+  ("resnet18", "stem"),
+  ("resnet18", "layer2"),
+  ("resnet50", "layer3.2"),
+  ("resnext50_32x4d", "layer2.1"),
+  ("wide_resnet50_2", "layer3"),
+  ("densenet121", "stem"),
+  ("densenet121", "transition2"),
+  ("densenet161", "denseblock3.denselayer5"),
+  ("cbr_largew", "block2"),
+]
+
+
+@pytest.mark.parametrize("name, slim_after", HYBRIDS)
+def test_a_hybrid_is_the_whole_below_and_half_as_wide_above(name, slim_after):
+  """Its layers keep their names; each makes half of what it made."""
+  whole = zoo.build(name)
+  hybrid = zoo.build(name, slim_after=slim_after)
+  assert hybrid.layer_names == whole.layer_names
+  assert hybrid.slim_after == whole.resolve(slim_after)
+  below = tensors.shapes(zoo.build(name, until=slim_after))
+  expected, found = tensors.shapes(whole), tensors.shapes(hybrid)
+  assert list(found.items())[: len(below)] == list(below.items())
+  for tensor in set(found).difference(below):
+    new = found[tensor]
+    if tensor not in expected:
+      # Beside the identity of a block whose input is of full width.
+      assert ".downsample." in tensor
+    elif len(new) == 4 and "transition" not in tensor:
+      assert new[0] * 2 == expected[tensor][0], tensor
+      assert new[2:] == expected[tensor][2:], tensor
+  assert zoo.count(hybrid)[0] == parameters(hybrid) < parameters(whole)
+  macs = zoo.count(whole)[1], zoo.count(hybrid)[1]
+  assert zoo.count(zoo.build(name, until=slim_after))[1] < macs[1] < macs[0]
+  # What a layer hands on is what the next one takes, to the head.
+  graph, state = nnx.split(hybrid)
+  features = jax.eval_shape(
+    lambda state, x_NHWC: nnx.merge(graph, state)(x_NHWC), state, images(1, 64)
+  )
+  assert features.shape == (1, hybrid.channels)
+
+
+@pytest.mark.parametrize(
+  "name, slim_after", [("resnet18", "layer2.0"), ("resnet18", "layer3.0")]
+)
+def test_a_width_that_changes_inside_a_stage_gets_a_shortcut(name, slim_after):
+  """Of stride one, in the first slim block alone."""
+  stage = slim_after.removesuffix(".0")
+  hybrid = tensors.shapes(zoo.build(name, slim_after=slim_after))
+  new = set(hybrid).difference(tensors.shapes(zoo.build(name)))
+  assert {n.split(".downsample")[0] for n in new} == {f"{stage}.1"}
+  width = {"layer2": 128, "layer3": 256}[stage]
+  shape = hybrid[f"{stage}.1.downsample.0.weight"]
+  assert shape == (width // 2, width, 1, 1)
+
+
+@pytest.mark.parametrize(
+  "name, slim_after, until",
+  [
+    ("resnet18", "layer1.0", "layer2"),
+    ("densenet121", "denseblock1.denselayer4", "transition1"),
+  ],
+)
+def test_a_hybrid_runs_compiled_in_training_and_in_bfloat16(
+  name, slim_after, until
+):
+  """And gives below the change, bit for bit, what the whole network gives."""
+  options = {"slim_after": slim_after, "until": until, "num_classes": 3}
+  model = drawn(name, **options)
+  x = images()
+  found = model.taps(x, [slim_after])[slim_after]
+  expected = drawn(name, until=until).taps(x, [slim_after])[slim_after]
+  np.testing.assert_array_equal(found, expected)
+  graph, state = nnx.split(model)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def forward(state, x_NHWC, train):
+    return nnx.merge(graph, state)(x_NHWC, train=train)
+
+  expected = np.asarray(model(x))
+  np.testing.assert_allclose(forward(state, x, False), expected, atol=1e-4)
+  half = zoo.build(name, dtype=jnp.bfloat16, **options)
+  tensors.load(half, tensors.dump(model))
+  half = jax.jit(half)(x)
+  assert half.dtype == jnp.float32
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(half, expected, atol=0.05 * scale)
+  logits = forward(state, x, True)
+  parts = jax.vmap(
+    lambda part: forward(state, part[None], "data"), axis_name="data"
+  )(x)
+  np.testing.assert_allclose(parts[:, 0], logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "cbr_small"])
+def test_counts_are_those_of_the_last_layer_and_leave_out_the_head(name):
+  """At any size of image, with values or without."""
+  last = zoo.list_layers(name, 96)[-1]
+  for classes in (None, 7):
+    model = zoo.build(name, num_classes=classes)
+    assert zoo.count(model, 96) == (last.params, last.macs)
+  assert zoo.count(drawn(name), 96) == (last.params, last.macs)
 
 
 def test_a_network_is_built_without_values():

@@ -267,6 +267,11 @@ def find(name: str, network: str | None = None) -> Row:
     fitting = [
       row.name for row in _ROWS if network is None or row.network == network
     ]
+    if not fitting:
+      raise errors.UsageError(
+        f"no weights {full!r}: none are published for {network}; give a path,"
+        " or None for random ones"
+      )
     raise errors.UsageError(
       f"no weights {full!r}{networks.nearest(full, names())}"
       f" (a path, or one of: {', '.join(sorted(fitting))})"

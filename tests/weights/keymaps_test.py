@@ -71,6 +71,7 @@ def test_containers_and_prefixes_are_found(network, prefix):
     ("resnet18", "stem"),
     ("resnet50", "layer3"),
     ("densenet121", "denseblock2.denselayer3"),
+    ("cbr_larget", "block2"),
   ],
 )
 def test_a_cut_reads_only_what_is_kept(network, until):

@@ -14,7 +14,16 @@ from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.weights import catalog, loading
 from tests.weights import torchzip
 
-SMALL = {"resnet18": "layer1", "densenet121": "denseblock1.denselayer2"}
+SMALL = {
+  "resnet18": "layer1",
+  "densenet121": "denseblock1.denselayer2",
+  "cbr_tiny": "block3",
+}
+HYBRIDS = [
+  ("resnet18", "layer1.0", "layer2"),
+  ("densenet121", "denseblock1.denselayer2", "transition1"),
+  ("cbr_tiny", "block1", None),
+]
 
 
 def drawn(network, until, seed=7, **options):
@@ -135,6 +144,75 @@ def test_random_weights():
   assert source.label == "random" and source.path is None
 
 
+@pytest.mark.parametrize("network, slim_after, until", HYBRIDS)
+def test_a_hybrid_begins_with_the_files_numbers(
+  tmp_path, network, slim_after, until
+):
+  """The rest is the initialiser's, and the file's rest is never read."""
+  below = drawn(network, slim_after)
+  whole = tmp_path / "whole.safetensors"
+  cut = tmp_path / "cut.safetensors"
+  save_file(drawn(network, until), whole)
+  save_file(below, cut)
+  options = {"num_classes": 3, "slim_after": slim_after, "seed": 5}
+  random = tensors.dump(loading.create_model(network, until, **options))
+  assert any(not np.array_equal(random[name], below[name]) for name in below)
+  for path in (whole, cut):
+    hybrid = loading.create_model(network, until, weights=path, **options)
+    found = tensors.dump(hybrid)
+    same({name: found[name] for name in below}, drawn(network, slim_after))
+    same(found, {**random, **{name: found[name] for name in below}})
+    assert hybrid.slim_after == zoo.build(network).resolve(slim_after)
+
+
+@pytest.mark.parametrize("network, slim_after, until", HYBRIDS)
+def test_an_exported_hybrid_comes_back_by_itself(
+  tmp_path, network, slim_after, until
+):
+  """Its header says where it is narrow; asked again, its numbers would go."""
+  path = tmp_path / "m.safetensors"
+  model = loading.create_model(
+    network, until, num_classes=3, slim_after=slim_after, seed=2
+  )
+  loading.export(model, path)
+  again = loading.create_model(network, until, weights=path, keep_head=True)
+  same(tensors.dump(again), tensors.dump(model))
+  assert again.slim_after == model.slim_after
+  bare = loading.create_model(network, until, weights=path, num_classes=2)
+  assert zoo.count(bare) == zoo.count(model)
+  loading.export(again, tmp_path / "again.safetensors")
+  assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+  refuses(
+    f"{path} holds a network of half width after {model.slim_after}",
+    "drop slim_after",
+    name=network,
+    until=until,
+    weights=path,
+    slim_after=slim_after,
+  )
+
+
+def test_a_header_that_names_no_layer_is_refused(tmp_path):
+  for layer in (3, "layer9", ""):
+    details = {"slim_after": layer}
+    path = tmp_path / "m.safetensors"
+    loading.export(loading.create_model("resnet18", "stem"), path, details)
+    refuses(path, repr(layer), name="resnet18", until="stem", weights=path)
+
+
+def test_a_cbr_network_goes_out_and_comes_back(tmp_path):
+  """With its head; and as it has no published weights, says so."""
+  model = loading.create_model("cbr_tiny", num_classes=3)
+  path = tmp_path / "m.safetensors"
+  loading.export(model, path)
+  again = loading.create_model("cbr_tiny", weights=path, keep_head=True)
+  same(tensors.dump(again), tensors.dump(model))
+  assert tensors.shapes(again)["fc.weight"] == (3, 256)
+  refuses(
+    "none are published for cbr_tiny", name="cbr_tiny", weights="imagenet"
+  )
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none_are_refused_where_kept(tmp_path, bad):
   values = drawn("resnet18", "layer2")
@@ -199,6 +277,10 @@ def test_a_file_that_does_not_fit_names_itself(tmp_path):
     ({"keep_head": True, "num_classes": 3}, "drop num_classes"),
     ({"keep_head": True, "until": "layer1"}, "until"),
     ({"num_classes": 0}, "at least 1"),
+    ({"keep_head": True, "slim_after": "layer1"}, "drop one of them"),
+    ({"slim_after": "layer4"}, "nothing after it"),
+    ({"slim_after": ""}, "no layer ''"),
+    ({"slim_after": "layer2", "until": "layer1"}, "nothing after it"),
     ({"until": "layer9"}, "layer9"),
     ({"weights": "none.pth"}, "none.pth cannot be read"),
     ({"weights": "some/where"}, "cannot be read"),

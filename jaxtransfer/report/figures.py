@@ -33,8 +33,11 @@ BLUE = "#0072B2"
 PALE_BLUE = "#A6CBE3"
 VERMILLION = "#D55E00"
 GREEN = "#007A5A"
+PURPLE = "#9A4F7D"
 GREY = "#6E6E6E"
 INK = "#222222"
+# In this order, where several lines stand beside each other.
+SERIES = (BLUE, VERMILLION, GREEN, PURPLE, GREY)
 
 _STYLE = {
   "axes.axisbelow": True,
@@ -435,43 +438,57 @@ def pareto_front(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 
 def pareto_panels(
-  taps: Sequence[str],
+  names: Sequence[str],
   costs: Sequence[tuple[np.ndarray, str]],
   series: Series,
   marks: Sequence[Mark],
   label: str,
+  *,
+  kind: str = "tap",
+  wanted: Sequence[int] | None = None,
+  stacked: bool = False,
 ) -> Figure:
   """Returns score against cost, one panel for each cost, on one score scale.
 
   Args:
-    taps: N names.
-    costs: the costs of the network cut at each tap, (N,), each with its name.
+    names: N names of what is compared, such as taps.
+    costs: what each of them costs, (N,), each with its name.
     series: (N,) the score with its interval.
-    marks: taps to point out.
+    marks: which to point out.
     label: the score's name.
+    kind: what one of them is called.
+    wanted: which are named where there is room, the most important first,
+      after those on the front; None: all, or whole stages alone where there
+      are more than twelve taps.
+    stacked: whether the panels stand above each other, with room for names.
   """
-  marks = [mark for mark in marks if mark.tap in taps]
-  figure = Figure(figsize=(_LEAST_WIDTH, 3.3), layout="constrained")
+  marks = [mark for mark in marks if mark.tap in names]
+  size = (6.8, 0.4 + 2.9 * len(costs)) if stacked else (_LEAST_WIDTH, 3.3)
+  figure = Figure(figsize=size, layout="constrained")
   figure.get_layout_engine().set(w_pad=6 / 72)
-  axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+  shape = (len(costs), 1) if stacked else (1, len(costs))
+  axes = list(figure.subplots(*shape, sharey=True, squeeze=False).flat)
   for axis, (cost, name) in zip(axes, costs, strict=True):
-    _draw_pareto(axis, taps, cost, series, marks)
+    _draw_pareto(axis, names, cost, series, marks, f"beaten by another {kind}")
     axis.set_xlabel(name)
-  axes[0].set_ylabel(label)
+  for axis in axes if stacked else axes[:1]:
+    axis.set_ylabel(label)
   legend(figure, axes[0], columns=2)
   figure.draw_without_rendering()
   figure.set_layout_engine("none")
   for axis, (cost, _) in zip(axes, costs, strict=True):
-    marked = [taps.index(mark.tap) for mark in marks]
-    if len(taps) <= 12:
-      others = [*np.flatnonzero(pareto_front(cost, series.value))]
-      others += range(len(taps))
+    marked = [names.index(mark.tap) for mark in marks]
+    front = np.flatnonzero(pareto_front(cost, series.value))
+    if wanted is not None:
+      others = [*front, *wanted]
+    elif len(names) <= 12:
+      others = [*front, *range(len(names))]
     else:
-      others = [i for i, tap in enumerate(taps) if "." not in tap]
+      others = [i for i, name in enumerate(names) if "." not in name]
     _name_points(
       axis,
       np.stack([cost, series.value], axis=1),
-      taps,
+      names,
       list(dict.fromkeys([*marked, *others])),
     )
   return figure
@@ -479,10 +496,11 @@ def pareto_panels(
 
 def _draw_pareto(
   axis: Axes,
-  taps: Sequence[str],
+  names: Sequence[str],
   cost: np.ndarray,
   series: Series,
   marks: Sequence[Mark],
+  beaten_label: str,
 ) -> None:
   known = np.isfinite(cost) & (cost > 0) & np.isfinite(series.value)
   cost = np.where(known, cost, np.nan)
@@ -491,7 +509,7 @@ def _draw_pareto(
   axis.grid(True, axis="both")
   axis.xaxis.set_major_formatter(_QUANTITY)
   axis.xaxis.set_major_locator(MaxNLocator(5))
-  if len(taps) <= 30:
+  if len(names) <= 30:
     bounded = known & np.isfinite(series.low) & np.isfinite(series.high)
     axis.vlines(
       cost[bounded],
@@ -501,7 +519,7 @@ def _draw_pareto(
       linewidth=1,
     )
   axis.plot(cost[order], series.value[order], color=BLUE, linewidth=1.1)
-  size = 26 if len(taps) <= 30 else 12
+  size = 26 if len(names) <= 30 else 12
   shapes = {"marker": "o", "s": size, "linewidths": 1, "zorder": 3}
   beaten = known & ~front
   if beaten.any():
@@ -510,14 +528,14 @@ def _draw_pareto(
       series.value[beaten],
       facecolors="white",
       edgecolors=GREY,
-      label="beaten by another tap",
+      label=beaten_label,
       **shapes,
     )
   axis.scatter(
     cost[front], series.value[front], color=BLUE, label="on the front", **shapes
   )
   for mark in reversed(marks):
-    i = taps.index(mark.tap)
+    i = names.index(mark.tap)
     if known[i]:
       axis.scatter(
         cost[i],

@@ -1,6 +1,7 @@
 """What the page of the `finetune` job shows: its figures and its tables."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,51 @@ from jaxtransfer.report import figures, tables
 from jaxtransfer.report.markup import Content, Html, Picture, Section
 from jaxtransfer.report.tables import Measurements
 
-_METRICS = {
-  "accuracy": "accuracy",
-  "balanced_accuracy": "balanced accuracy",
-  "auroc": "AUROC",
-  "auprc": "AUPRC",
-  "loss": "loss",
-  "ece": "calibration error",
-  "brier": "Brier score",
-}
 _LONGEST_NAME = 18
 _BLUES = LinearSegmentedColormap.from_list("blues", ["white", figures.BLUE])
+
+
+CONFUSION_WORDS = (
+  "Test images by true and predicted class",
+  "Rows are the truth. The colour is the share of the row, the number counts"
+  " images.",
+)
+
+
+def ranking_words(summary: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns the title and the caption of `ranking`.
+
+  Args:
+    summary: the job's summary.
+  """
+  words = (
+    "Left, the share of a class that is found against the share of the rest"
+    " that is taken for it; the dotted line is chance. Right, how much of what"
+    " is called the class is of it, for each share found: this depends on how"
+    " frequent the class is."
+  )
+  if len(summary.get("classes") or ()) > 2:
+    words += " Mean over the classes, each against the rest."
+  if interval := summary.get("interval"):
+    words += f" Bands: {interval}."
+  return "ROC and precision-recall curves on the test split", words
+
+
+def reliability_words(summary: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns the title and the caption of `reliability`.
+
+  Args:
+    summary: the job's summary.
+  """
+  temperature = tables.finite(summary.get("temperature"))
+  number = f" {temperature:.2f}," if math.isfinite(temperature) else ""
+  return (
+    "Accuracy against confidence on the test split",
+    "On the dotted line a network is right as often as it says. Below it is"
+    f" too sure of itself. Dividing the logits by the temperature,{number}"
+    " fitted on the validation split, gives the second line. Larger dots hold"
+    " more images.",
+  )
 
 
 def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
@@ -37,6 +72,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
   drawn = {
     "training": training(summary),
     "confusion": confusion(summary),
+    "ranking": ranking([("", summary.get("curves") or {})]),
     "reliability": reliability(summary),
   }
 
@@ -44,7 +80,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
     figure = drawn[name]
     return figure and Picture(name, figure, title, caption)
 
-  metric = _METRICS.get(summary.get("metric"), str(summary.get("metric")))
+  metric = tables.metric_name(summary.get("metric"))
   sections = [
     Section("How good it is", [_metric_table(summary, measurements)]),
     Section(
@@ -61,29 +97,20 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
       ],
     ),
     Section(
+      "How it ranks",
+      [picture("ranking", *ranking_words(summary))],
+    ),
+    Section(
       "Where it is wrong",
       [
-        picture(
-          "confusion",
-          "Test images by true and predicted class",
-          "Rows are the truth. The colour is the share of the row, the number"
-          " counts images.",
-        ),
+        picture("confusion", *CONFUSION_WORDS),
         _class_table(summary, measurements),
       ],
     ),
     Section(
       "What its probabilities mean",
       [
-        picture(
-          "reliability",
-          "Accuracy against confidence on the test split",
-          "On the dotted line a network is right as often as it says. Below it"
-          " is too sure of itself. Dividing the logits by the temperature,"
-          f" {tables.finite(summary.get('temperature')):.2f}, fitted on the"
-          " validation split, gives the second line. Larger dots hold more"
-          " images.",
-        )
+        picture("reliability", *reliability_words(summary)),
       ],
     ),
   ]
@@ -128,7 +155,9 @@ def training(summary: Mapping[str, Any]) -> Figure | None:
       ("auprc", figures.VERMILLION),
       ("balanced_accuracy", figures.GREEN),
     ):
-      scores.plot(x, of(name), color=colour, label=_METRICS[name], **shown)
+      scores.plot(
+        x, of(name), color=colour, label=tables.METRICS[name], **shown
+      )
     scores.set_ylabel("validation score")
     scores.set_xlabel("epoch")
     scores.xaxis.get_major_locator().set_params(integer=True)
@@ -173,6 +202,83 @@ def confusion(summary: Mapping[str, Any]) -> Figure | None:
           j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8
         )
   return figure
+
+
+def ranking(
+  networks: Sequence[tuple[str, Mapping[str, Any]]],
+) -> Figure | None:
+  """Draws ROC and precision-recall curves with their bands.
+
+  Args:
+    networks: names and curves, each "roc" and "precision_recall" with lists x,
+      y, low and high, as results.json has them; the most important first.
+
+  Returns:
+    The figure, or None where there is no curve.
+  """
+  kinds = ("roc", "precision_recall")
+  drawn = [
+    (name, {kind: _points((curves or {}).get(kind)) for kind in kinds})
+    for name, curves in networks
+  ]
+  drawn = [
+    (name, points)
+    for name, points in drawn
+    if any(np.isfinite(p[:, 1]).any() for p in points.values())
+  ]
+  if not drawn:
+    return None
+  with figures.style():
+    figure = Figure(figsize=(6.8, 3.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=6 / 72)
+    axes = figure.subplots(1, 2)
+    for kind, axis, (x_label, y_label) in zip(
+      kinds,
+      axes,
+      (
+        ("false positive rate", "true positive rate"),
+        ("recall", "precision"),
+      ),
+      strict=True,
+    ):
+      axis.grid(True, axis="both")
+      axis.set(xlabel=x_label, ylabel=y_label)
+      axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+      axis.set_aspect("equal")
+      # Last on top: the most important one.
+      for i, (name, points) in reversed(list(enumerate(drawn))):
+        x, y, low, high = points[kind].T
+        colour = figures.SERIES[i % len(figures.SERIES)]
+        # A precision holds from the recall before it up to its own.
+        step = "pre" if kind == "precision_recall" else None
+        axis.fill_between(
+          x, low, high, step=step, color=colour, alpha=0.18, linewidth=0
+        )
+        axis.plot(
+          x,
+          y,
+          color=colour,
+          drawstyle="steps-pre" if step else "default",
+          label=_short(name) or None,
+        )
+    axes[0].plot([0, 1], [0, 1], color=figures.INK, linestyle=":", linewidth=1)
+    if any(name for name, _ in drawn):
+      figures.legend(figure, axes[0])
+  return figure
+
+
+def _points(curve: Mapping[str, Any] | None) -> np.ndarray:
+  """Returns (P, 4) x, y, low, high; NaN for what is missing."""
+  curve = curve or {}
+  x = curve.get("x") or []
+  nothing = [None] * len(x)
+  columns = [x, *(curve.get(key) or nothing for key in ("y", "low", "high"))]
+  return np.array(
+    [
+      [tables.finite(value) for value in row]
+      for row in zip(*columns, strict=True)
+    ]
+  ).reshape(-1, 4)
 
 
 def reliability(summary: Mapping[str, Any]) -> Figure | None:
@@ -224,7 +330,7 @@ def _metric_table(
   summary: Mapping[str, Any], measurements: Measurements
 ) -> Html:
   rows = []
-  for name, word in _METRICS.items():
+  for name, word in tables.METRICS.items():
     cells = [
       _cell(measurements, split, metric)
       for split, metric in (

@@ -12,12 +12,6 @@ from jaxtransfer.report.figures import Mark
 from jaxtransfer.report.markup import Content, Html, Picture, Section, join, tag
 from jaxtransfer.report.tables import Measurements, Series
 
-METRICS = {
-  "accuracy": "accuracy",
-  "auprc": "AUPRC",
-  "auroc": "AUROC",
-  "balanced_accuracy": "balanced accuracy",
-}
 PROBES = {
   "logistic": "logistic regression",
   "linear_svm": "linear SVM",
@@ -368,10 +362,10 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
         tables.with_interval(*(part[i] for part in loss), signed=True),
         _whole(channels[i]),
         tables.with_note(
-          tables.quantity(params[i]), _percent(params[i], params[-1])
+          tables.quantity(params[i]), tables.percent(params[i], params[-1])
         ),
         tables.quantity(macs[i]),
-        tables.with_note(_rate(speed[i]), _times(speed[i], speed[-1])),
+        tables.with_note(tables.rate(speed[i]), _times(speed[i], speed[-1])),
         tables.memory(memory[i]),
       ]
     )
@@ -418,17 +412,6 @@ def _whole(value: float) -> str:
   return f"{value:,.0f}" if math.isfinite(value) else tables.ABSENT
 
 
-def _rate(value: float) -> str:
-  return _whole(value) if value >= 100 else tables.quantity(value)
-
-
-def _percent(value: float, full: float) -> str:
-  if not math.isfinite(value + full) or full <= 0:
-    return tables.ABSENT
-  share = 100 * value / full
-  return f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %"
-
-
 def _times(value: float, full: float) -> str:
   if not math.isfinite(value + full) or full <= 0:
     return tables.ABSENT
@@ -436,8 +419,7 @@ def _times(value: float, full: float) -> str:
 
 
 def _metric(summary: Mapping[str, Any]) -> str:
-  name = str(summary.get("metric") or "score")
-  return METRICS.get(name, name.replace("_", " "))
+  return tables.metric_name(summary.get("metric"))
 
 
 def _probe(name: str | None) -> str:

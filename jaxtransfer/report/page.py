@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtransfer import files
-from jaxtransfer.report import figures, finetune, layers, tables
+from jaxtransfer.report import figures, finetune, layers, tables, truncate
 from jaxtransfer.report.markup import (
   Content,
   Html,
@@ -21,6 +21,7 @@ from jaxtransfer.report.tables import Measurements
 _CONTENT: dict[str, Callable[[Mapping[str, Any], Measurements], Content]] = {
   "finetune": finetune.content,
   "layers": layers.content,
+  "truncate": truncate.content,
 }
 
 _INLINE_ROWS = 500
@@ -82,6 +83,11 @@ thead th {
 tr > th:first-child { text-align: left; }
 tbody th { font-weight: 500; }
 td .minor { display: block; font-size: .92em; }
+.words, .reason {
+  display: block; max-width: 15rem; min-width: 9rem; white-space: normal;
+  overflow-wrap: break-word; color: #5c5c5c; font-weight: 400;
+}
+.reason { max-width: none; min-width: 14rem; text-align: left; }
 tr.chosen > * { background: #fdeee4; font-weight: 650; }
 .role {
   margin-left: .4rem; padding: 0 .35rem; border-radius: .6rem;
@@ -281,7 +287,10 @@ def _facts(summary: Mapping[str, Any]) -> Html:
     "images": _counts(summary.get("rows")),
     "groups": _counts(summary.get("groups")),
     "normalisation": _normalisation(summary.get("normalisation")),
+    "image size": _pixels(summary.get("image_size")),
     "random networks": summary.get("seeds"),
+    "repeats": summary.get("repeats"),
+    "successive halving": summary.get("halving"),
     "tolerance": summary.get("tolerance"),
     "intervals": summary.get("interval"),
     "devices": run.get("devices"),
@@ -315,6 +324,10 @@ def _counts(counts: Mapping[str, Any] | None) -> str | None:
   return ", ".join(
     f"{name} {count:,}" for name, count in counts.items() if count is not None
   )
+
+
+def _pixels(size: Any) -> str | None:
+  return None if size is None else f"{size} px"
 
 
 def _normalisation(values: Mapping[str, Any] | None) -> str | None:

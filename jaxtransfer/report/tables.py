@@ -23,6 +23,15 @@ COLUMNS = (
   "n",
   "seed",
 )
+METRICS = {
+  "accuracy": "accuracy",
+  "balanced_accuracy": "balanced accuracy",
+  "auroc": "AUROC",
+  "auprc": "AUPRC",
+  "loss": "loss",
+  "ece": "calibration error",
+  "brier": "Brier score",
+}
 ABSENT = "–"
 _LONGEST_NAME = 80
 
@@ -254,6 +263,38 @@ def seconds(value: float) -> str:
   if minutes < 100:
     return f"{minutes} min"
   return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def percent(value: float, full: float) -> str:
+  """Returns a share in percent.
+
+  Args:
+    value: the part; NaN becomes a dash.
+    full: the whole, likewise.
+  """
+  if not math.isfinite(value + full) or full <= 0:
+    return ABSENT
+  share = 100 * value / full
+  return f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %"
+
+
+def rate(value: float) -> str:
+  """Returns how many a second: whole ones where there are many.
+
+  Args:
+    value: 1/s; NaN becomes a dash.
+  """
+  return f"{value:,.0f}" if value >= 100 else quantity(value)
+
+
+def metric_name(name: Any) -> str:
+  """Returns how a metric is called in words.
+
+  Args:
+    name: as a config or a row has it.
+  """
+  name = str(name or "score")
+  return METRICS.get(name, name.replace("_", " "))
 
 
 def _three_digits(value: float, trim: bool = False) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxtransfer import configuration, errors, workdir
+from jaxtransfer import configuration, errors, hosts, workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/ and, after a colon, a network's name."
@@ -22,10 +22,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; the same command again resumes it."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Whether this is one of several processes that train together, each started"
+  " with this command; see launch/README.md.",
+)
 
 USAGE = 2
 INTERRUPTED = 130
-PREEMPTED = 143
+# Jobs that several processes of one run train together.
+JOINED = ("finetune",)
+# Jobs whose work is divided among all runs with the same workdir.
+SHARED = ("truncate",)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -44,36 +53,49 @@ def _parse(argv: Sequence[str]) -> list[str]:
     # ml_collections quotes the unknown key, twice over, and the nearest.
     near = re.search(r"Did you mean \"(\w+)\"", str(e))
     unknown = re.search(r"\w+", str(e))
-    _fail(
+    hosts.One().end(
       f"the config has no key {unknown[0] if unknown else e!r}"
       + (f"; did you mean {near[1]}?" if near else ""),
       USAGE,
     )
   except (flags.Error, OSError, TypeError, ValueError) as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    _fail(lines[-1].removeprefix("jaxtransfer.errors.UsageError: "), USAGE)
+    message = lines[-1].removeprefix("jaxtransfer.errors.UsageError: ")
+    hosts.One().end(message, USAGE)
 
 
-def _fail(message: str, code: int) -> None:
-  print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
-  sys.exit(code)
-
-
-def _preempt(*_) -> None:  # noqa: ANN002
-  raise SystemExit(PREEMPTED)
+def _join(job: str) -> hosts.Several:
+  """Joins the processes of the run, before JAX is used for anything else."""
+  if job not in JOINED:
+    raise errors.UsageError(
+      f"--distributed is for config.job {', '.join(JOINED)}; {job!r} runs in"
+      " one process"
+    )
+  processes = hosts.Several()
+  signal.signal(signal.SIGTERM, processes.preempt)
+  return processes
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
-  signal.signal(signal.SIGTERM, _preempt)
+  processes = hosts.One()
+  signal.signal(signal.SIGTERM, processes.preempt)
   if not flags.FLAGS["verbosity"].present:
     # absl's own default lets every library tell what it does.
     logging.set_verbosity(logging.WARNING)
   try:
     module = configuration.job_module(config.job)
     command = shlex.join(["jaxtransfer", *sys.argv[1:]])
-    with workdir.claim(_WORKDIR.value, config.to_dict(), command) as claimed:
+    if _DISTRIBUTED.value:
+      processes = _join(config.job)
+    with workdir.claim(
+      _WORKDIR.value,
+      config.to_dict(),
+      command,
+      processes,
+      shared=config.job in SHARED,
+    ) as claimed:
       if claimed.finished:
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         return 0
@@ -81,21 +103,24 @@ def main(argv: Sequence[str]) -> int:
       job = importlib.import_module(module)
       parallel = importlib.import_module("jaxtransfer.parallel")
       parallel.cache_programs()
-      together = config.batch_size // config.get("accumulate", 1)
-      parallel.use_processors(max(1, together))
+      if not _DISTRIBUTED.value:
+        together = config.batch_size // config.get("accumulate", 1)
+        parallel.use_processors(max(1, together))
       return job.run(config, claimed)
   except errors.UsageError as e:
-    _fail(str(e), USAGE)
+    processes.end(str(e), USAGE)
   except errors.RunError as e:
-    _fail(str(e), 1)
+    processes.end(str(e), 1)
   except OSError as e:
-    _fail(f"{e.filename or _WORKDIR.value}: {e.strerror or e}", 1)
+    processes.end(f"{e.filename or _WORKDIR.value}: {e.strerror or e}", 1)
   except KeyboardInterrupt:
-    _fail("interrupted; the same command resumes", INTERRUPTED)
+    processes.end("interrupted; the same command resumes", INTERRUPTED)
   except SystemExit as e:
-    if e.code == PREEMPTED:
-      print("jaxtransfer: preempted; the same command resumes", file=sys.stderr)
-    raise
+    if e.code != hosts.PREEMPTED:
+      raise
+    processes.end("preempted; the same command resumes", e.code)
+  except Exception as e:  # noqa: BLE001
+    processes.crash(e)
 
 
 def run() -> None:

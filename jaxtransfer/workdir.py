@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxtransfer import errors, files
+from jaxtransfer import errors, files, hosts
 
 # A run may go on with more workers or other devices; the rest decides numbers.
 _FREE_KEYS = ("data.workers", "parallel")
@@ -38,14 +38,24 @@ class Workdir:
     path: the directory; `claim` made it.
     config: the whole config as plain values.
     command: the exact command line.
+    processes: of the run.
+
+  Attributes:
+    writes: whether this process writes to the directory; one of several does.
   """
 
   def __init__(
-    self, path: pathlib.Path, config: Mapping[str, Any], command: str
+    self,
+    path: pathlib.Path,
+    config: Mapping[str, Any],
+    command: str,
+    processes: hosts.One,
   ):
     self.path = path
     self.config = config
     self.command = command
+    self.writes = processes.first
+    self._processes = processes
 
   def begin(self, devices: str) -> dict[str, Any]:
     """Writes config.json: the run's checks are over and its work begins.
@@ -55,7 +65,12 @@ class Workdir:
 
     Returns:
       What was run: command, versions, devices, commit, time.
+
+    Raises:
+      UsageError, RunError, SystemExit: another process of the run failed its
+        checks.
     """
+    self._processes.begin()
     run = {
       "command": self.command,
       "versions": _versions(),
@@ -65,32 +80,44 @@ class Workdir:
         timespec="seconds"
       ),
     }
-    files.write_json(
-      self.path / "config.json", {"config": self.config, "run": run}
-    )
+    if self.writes:
+      files.write_json(
+        self.path / "config.json", {"config": self.config, "run": run}
+      )
     return run
 
   def log(self, **values: Any) -> None:
     """Appends one line to metrics.jsonl."""
+    if not self.writes:
+      return
     line = json.dumps(values, allow_nan=True)
     with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
       f.write(line + "\n")
 
   def replace_log(self, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes metrics.jsonl anew, atomically: what a resumed run knows of."""
+    if not self.writes:
+      return
     lines = [json.dumps(record, allow_nan=True) for record in records]
     text = "".join(f"{line}\n" for line in lines)
     files.write_text(self.path / "metrics.jsonl", text)
 
   @property
   def finished(self) -> bool:
-    """Whether a run of this config has left its results here."""
-    return (self.path / "results.json").exists()
+    """Whether a run of this config has left its results here.
+
+    With several processes all must ask.
+    """
+    return self._processes.meet((self.path / "results.json").exists())
 
 
 @contextlib.contextmanager
 def claim(
-  path: str | os.PathLike[str], config: Mapping[str, Any], command: str
+  path: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  command: str,
+  processes: hosts.One | None = None,
+  shared: bool = False,
 ) -> Iterator[Workdir]:
   """Takes a directory for one run of one config, for as long as it runs.
 
@@ -98,6 +125,9 @@ def claim(
     path: the directory; made if it is not there.
     config: the whole config as plain values.
     command: the exact command line.
+    processes: of the run, of which the first takes it for all; one by default.
+    shared: whether other runs of the same config may be at work in it at the
+      same time, and divide the work among themselves.
 
   Yields:
     The directory. A run that stopped before goes on in it.
@@ -108,6 +138,10 @@ def claim(
   """
   path = pathlib.Path(path)
   config = json.loads(json.dumps(config))
+  processes = processes or hosts.One()
+  if not processes.first:
+    yield Workdir(path, config, command, processes)
+    return
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -118,7 +152,8 @@ def claim(
   with lock:
     try:
       # The kernel lets go of it when the process ends, however it ends.
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+      fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError:
       lock.seek(0)
       raise errors.UsageError(
@@ -129,7 +164,7 @@ def claim(
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
     _refuse_other(path, config)
-    yield Workdir(path, config, command)
+    yield Workdir(path, config, command, processes)
 
 
 def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:

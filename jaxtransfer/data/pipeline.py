@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -38,8 +38,8 @@ class Batches(grain.DatasetIterator):
     there and must count for nothing
 
   Close it, or use it as a context manager, when it is left before its end. Its
-  state is the number of the next batch and the failures so far: Orbax saves
-  it, and it can be restored with another number of workers.
+  state is the number of the next batch and the failures so far: a checkpoint
+  holds it, and it can be restored with other workers or another `shard`.
 
   Args:
     examples: where to read.
@@ -139,6 +139,14 @@ class Batches(grain.DatasetIterator):
     self._stop()
     self._next = state["next_batch"]
     self._unreadable = dict(state["failures"])
+
+  def add_failures(self, failures: Sequence[tuple[int, str]]) -> None:
+    """Takes up what another process could not read.
+
+    Args:
+      failures: as in the state, (row, reason) of each.
+    """
+    self._unreadable.update(dict(failures))
 
   def start_prefetch(self) -> None:
     """Begins to read, before the first batch is asked for."""

@@ -86,9 +86,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     frozen=plan.frozen,
   )
   begun = workdir.begin(str(devices))
-  splitting.save_splits(
-    workdir.path / "splits.json", data.rows, data.examples.names
-  )
+  if workdir.writes:
+    splitting.save_splits(
+      workdir.path / "splits.json", data.rows, data.examples.names
+    )
   counts = {name: len(rows) for name, rows in data.rows.items()}
   print(
     f"{sum(counts.values()):,} images of {len(data.names):,} classes"
@@ -104,6 +105,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
 
   started = time.monotonic()
   outputs = training.predict(fitted.numbers, ("val", "test"))
+  if not workdir.writes:
+    return 1 if training.failures else 0
   evaluated = trial.evaluate(
     training, data, outputs, config.resamples, config.seed
   )
@@ -192,10 +195,9 @@ def _results(
   ]
   params = sum(x.size for x in fitted.numbers[0].values())
   size = config.data.image_size
-  layers = {layer.name: layer for layer in zoo.list_layers(plan.network, size)}
   for name, value in (
     ("params", params),
-    ("macs", layers[plan.last].macs),
+    ("macs", zoo.count(network, size)[1]),
     ("temperature", evaluated["temperature"]),
     ("best_epoch", fitted.epoch),
   ):

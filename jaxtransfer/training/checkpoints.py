@@ -1,8 +1,13 @@
 """Saving a training so that it goes on as if it had never stopped.
 
 One Orbax checkpoint holds everything at one step: the state, the best numbers
-so far, the iterator of the batches and the lines of metrics.jsonl. It appears
+so far, the place in the batches and the lines of metrics.jsonl. It appears
 whole or not at all, and every array has a checksum.
+
+Of several processes the first writes and reads for all: the state is the same
+on each, and a place counts batches of all together. So their number may change
+between two runs, which the files of grain's own handler, one for each process,
+would not allow.
 """
 
 import contextlib
@@ -13,36 +18,62 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from grain import checkpoint as grain_checkpoint
+from orbax.checkpoint import checkpoint_managers
 
-from jaxtransfer import errors
+from jaxtransfer import errors, parallel
+
+_ABOUT = ("place", "best", "records", "devices")
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """What a checkpoint holds beside the iterator's place.
+  """What a checkpoint holds.
 
   Attributes:
     tree: the arrays, NumPy, in the structure that was saved.
+    place: state of the iterator of the batches.
     records: lines of metrics.jsonl.
     devices: on which it was computed, in words.
   """
 
   tree: Any
+  place: dict[str, Any]
   records: list[dict[str, Any]]
   devices: str
 
 
+class _NewestAndBest:
+  """The last checkpoints, and that of the best epoch; Orbax asks it."""
+
+  def __init__(self, keep: int):
+    self._newest = checkpoint_managers.LatestN(keep)
+    self.best: int | None = None
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+    *,
+    context: checkpoint_managers.PreservationContext,
+  ) -> list[bool]:
+    newest = self._newest.should_preserve(checkpoints, context=context)
+    return [
+      new or found.step == self.best
+      for new, found in zip(newest, checkpoints, strict=True)
+    ]
+
+
 class Checkpoints:
-  """The newest checkpoints of one training.
+  """The newest checkpoints of one training, and that of its best epoch.
 
   Args:
     directory: where; made if it is not there.
-    keep: how many.
+    keep: how many of the newest.
+
+  Attributes:
+    newest: number of the last one saved or restored, None before.
 
   Raises:
     OSError: the directory cannot be written.
@@ -50,13 +81,22 @@ class Checkpoints:
 
   def __init__(self, directory: str | os.PathLike[str], keep: int):
     self._directory = pathlib.Path(directory).absolute()
+    self.newest: int | None = None
+    self._kept = _NewestAndBest(keep)
+    self._manager = None
+    if not parallel.is_first():
+      return
     self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        preservation_policy=self._kept,
+        create=False,
         # What a killed save left behind.
         cleanup_tmp_directories=True,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          active_processes={0} if jax.process_count() > 1 else None
+        ),
       ),
     )
 
@@ -66,37 +106,45 @@ class Checkpoints:
   def __exit__(self, kind: type | None, *_: object) -> None:
     if kind is None:
       self.wait()
-    with contextlib.suppress(Exception):
-      self._manager.close()
-
-  def newest(self) -> int | None:
-    """Returns the number of the newest checkpoint, None without any."""
-    return self._manager.latest_step()
+    if self._manager is not None:
+      with contextlib.suppress(Exception):
+        self._manager.close()
 
   def save(
     self,
     number: int,
     tree: Any,
-    iterator: grain.DatasetIterator,
+    place: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     devices: str,
+    *,
+    is_best: bool = False,
   ) -> None:
     """Begins to save; the arrays may be donated once this returns.
 
     Args:
       number: of the checkpoint, larger than any before.
-      tree: arrays.
-      iterator: of the batches, after the last one used.
+      tree: arrays, the same on every process.
+      place: state of the iterator of the batches after the last one used.
       records: lines of metrics.jsonl so far.
       devices: on which it was computed, in words.
+      is_best: whether an epoch has just ended that is the best so far: the
+        checkpoint is kept until there is a better one.
 
     Raises:
       RunError: this or the save before could not be written.
     """
+    self.newest = number
+    if is_best:
+      self._kept.best = number
+    if self._manager is None:
+      return
     # Copies: on a CPU what `device_get` returns may be the array itself, whose
     # memory the next step is given.
     arrays = {n: np.array(x) for n, x in _named(jax.device_get(tree)).items()}
     about = {
+      "place": dict(place),
+      "best": self._kept.best,
       "records": [dict(record) for record in records],
       "devices": devices,
       "checksums": {name: _checksum(x) for name, x in arrays.items()},
@@ -106,7 +154,6 @@ class Checkpoints:
         number,
         args=ocp.args.Composite(
           arrays=ocp.args.StandardSave(arrays),
-          iterator=grain_checkpoint.CheckpointSave(iterator),
           about=ocp.args.JsonSave(about),
         ),
       )
@@ -117,23 +164,34 @@ class Checkpoints:
     Raises:
       RunError: it could not be written.
     """
-    with self._reported():
-      self._manager.wait_until_finished()
+    if self._manager is not None:
+      with self._reported():
+        self._manager.wait_until_finished()
 
-  def restore(
-    self, tree: Any, iterator: grain.DatasetIterator
-  ) -> tuple[Saved | None, list[str]]:
+  def restore(self, tree: Any) -> tuple[Saved | None, list[str]]:
     """Returns the newest checkpoint that is whole; damaged ones are removed.
 
     Args:
-      tree: arrays or shapes in the structure that was saved.
-      iterator: is set to the place it had.
+      tree: arrays in the structure that was saved.
 
     Returns:
       What was saved, None without a checkpoint, and a line for every damaged
       one.
     """
-    start = iterator.get_state()
+    found, about, notes = None, None, []
+    if self._manager is not None:
+      found, about, notes = self._read(tree)
+    about, notes = parallel.everyone([about, notes])[0]
+    if about is None:
+      return None, notes
+    self.newest, self._kept.best = about["number"], about["best"]
+    # The other processes give what has the right shapes.
+    whole = parallel.from_first(tree if found is None else found)
+    saved = Saved(whole, about["place"], about["records"], about["devices"])
+    return saved, notes
+
+  def _read(self, tree: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
+    """Returns the arrays, what was saved beside them, and notes."""
     shapes = {
       name: np.zeros(x.shape, x.dtype) for name, x in _named(tree).items()
     }
@@ -144,7 +202,6 @@ class Checkpoints:
           number,
           args=ocp.args.Composite(
             arrays=ocp.args.StandardRestore(shapes),
-            iterator=grain_checkpoint.CheckpointRestore(iterator),
             about=ocp.args.JsonRestore(),
           ),
         )
@@ -155,7 +212,8 @@ class Checkpoints:
             raise ValueError(f"{name} has another checksum")
         leaves = [arrays[name] for name in shapes]
         whole = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        return Saved(whole, about["records"], about["devices"]), notes
+        kept = {key: about[key] for key in _ABOUT}
+        return whole, {**kept, "number": number}, notes
       # Whatever a damaged file makes its reader raise.
       except Exception as e:  # noqa: BLE001
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
@@ -163,9 +221,8 @@ class Checkpoints:
           f"{self._directory / str(number)} is damaged ({reason}); it was"
           " removed and the checkpoint before it used"
         )
-        iterator.set_state(start)
         self._manager.delete(number)
-    return None, notes
+    return None, None, notes
 
   @contextlib.contextmanager
   def _reported(self) -> Iterator[None]:

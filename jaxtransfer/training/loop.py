@@ -15,12 +15,11 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxtransfer import errors, parallel
+from jaxtransfer import errors, hosts, parallel
 from jaxtransfer.data import pipeline
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import checkpoints, optimisers, steps
 
-PREEMPTED = 143
 # Metrics of which less is better.
 LOWER = ("loss", "ece", "brier")
 # Steps given to the devices before one of them has ended: the devices never
@@ -140,7 +139,8 @@ def fit(
   Raises:
     RunError: the loss is no number, too many images cannot be read, or a
       checkpoint cannot be written.
-    SystemExit: 143 after SIGTERM, once the state is saved.
+    SystemExit: 143 after SIGTERM, once the state is saved; on several
+      processes all end at the same step, whichever got the signal.
   """
   graph, params, statistics = steps.take_apart(network)
   step = devices.compile_step(steps.make_step(graph, recipe))
@@ -150,16 +150,18 @@ def fit(
   per_epoch = len(train) // settings.epochs
   learning_rate = recipe.optimiser.learning_rate
   with (
-    _preemption() as preempted,
+    _preemption() as asked_to_end,
     pipeline.prefetch(train, lambda b: devices.put(filled(b))) as batches,
     checkpoints.Checkpoints(
       directory / "checkpoints", settings.checkpoints
     ) as kept,
   ):
-    found, notes = kept.restore((state, best), batches)
+    preempted = devices.agreed(asked_to_end)
+    found, notes = kept.restore((state, best))
     records: list[Record] = []
     if found is not None:
       (state, best), records = found.tree, found.records
+      batches.set_state(found.place)
       if found.devices != str(devices):
         notes.append(
           f"resumed on {devices} after {found.devices}: the numbers are those"
@@ -175,30 +177,37 @@ def fit(
       records.append(record)
       journal.log(**record)
 
-    def save() -> None:
+    def save(is_best: bool = False) -> None:
       # An epoch's end is saved once before its validation and once after it.
       number = done + len(epochs_of(records))
-      if number != kept.newest():
-        kept.save(number, (state, best), batches, records, str(devices))
+      if number != kept.newest:
+        place = dict(batches.get_state())
+        place["failures"] = _of_everyone(place["failures"])
+        kept.save(
+          number, (state, best), place, records, str(devices), is_best=is_best
+        )
 
-    clock = _Clock()
+    clock, began = _Clock(), None
     running: collections.deque[jax.Array] = collections.deque()
     bar = tqdm.tqdm(
       total=len(train),
       initial=done,
       desc="training",
       unit=" steps",
-      disable=None,
+      disable=None if parallel.is_first() else True,
     )
     try:
       while True:
         if done == (len(epochs_of(records)) + 1) * per_epoch:
+          jax.block_until_ready(state.step)
           started = time.monotonic()
+          trained = started - (began or started)
           numbers = steps.trained_numbers(state)
           with validate() as val:
             rows, logits = predict(forward, numbers, val, devices, preempted)
           scores = score(rows, logits)
-          if _is_best(records, scores, settings.metric):
+          is_best = _is_best(records, scores, settings.metric)
+          if is_best:
             best = jax.tree.map(np.array, jax.device_get(numbers))
           write(
             event="epoch",
@@ -206,7 +215,12 @@ def fit(
             step=done,
             **_means(state),
             val=scores,
-            timing={"validation_seconds": time.monotonic() - started},
+            timing={
+              # Of the first epoch of a process without the first step, which
+              # compiles.
+              "training_seconds": trained,
+              "validation_seconds": time.monotonic() - started,
+            },
           )
           scale = schedule.scale(_val_losses(records))
           state = dataclasses.replace(
@@ -214,8 +228,8 @@ def fit(
             sums=devices.replicate(steps.no_sums()),
             scale=devices.replicate(np.float32(scale)),
           )
-          save()
-          clock = _Clock()
+          save(is_best)
+          clock, began = _Clock(), time.monotonic()
         ended = (
           done == len(train)
           or schedule.ended(learning_rate, _val_losses(records))
@@ -235,6 +249,7 @@ def fit(
         if len(running) > _AHEAD:
           running.popleft().block_until_ready()
         clock.tick(metrics["loss"], batch["label"].size)
+        began = began or time.monotonic()
         if done % settings.log_steps == 0:
           write(
             event="train",
@@ -242,11 +257,14 @@ def fit(
             step=done,
             **_means(state),
             learning_rate=float(
-              learning_rate * recipe.schedule(done - 1) * state.scale
+              learning_rate
+              * recipe.schedule(done - 1)
+              * jax.device_get(state.scale)
             ),
             timing=clock.read(),
           )
         if done % per_epoch == 0 or done % settings.log_steps == 0:
+          _share_failures(train)
           pipeline.too_many(
             train.failures, settings.images, settings.max_failures
           )
@@ -255,9 +273,10 @@ def fit(
     except _Preempted:
       save()
       kept.wait()
-      raise SystemExit(PREEMPTED) from None
+      raise SystemExit(hosts.PREEMPTED) from None
     finally:
       bar.close()
+    _share_failures(train)
     return Fitted(
       best,
       best_epoch(records, settings.metric),
@@ -285,14 +304,16 @@ def predict(
     stop: asked between batches whether the process has to end.
 
   Returns:
-    (N,) int64 rows of the source and (N, C) float32 logits.
+    (N,) int64 rows of the source and (N, C) float32 logits: all of them, and
+    the failures of `batches` too, on every process.
   """
   rows, logits = [], []
   # One batch is on its way while the one before is fetched.
   last = None
 
   def fetch() -> None:
-    mask, row, output = last
+    about, output = last
+    row, mask = jax.device_get(about)
     rows.append(row[mask])
     logits.append(devices.get(output)[mask])
 
@@ -302,10 +323,22 @@ def predict(
     output = forward(numbers, devices.put(batch["image"]))
     if last is not None:
       fetch()
-    last = batch["mask"], batch["row"], output
+    about = batch["row"].astype(np.int32), batch["mask"]
+    last = devices.share(about), output
   if last is not None:
     fetch()
-  return np.concatenate(rows), np.concatenate(logits)
+  _share_failures(batches)
+  return np.concatenate(rows).astype(np.int64), np.concatenate(logits)
+
+
+def _of_everyone(failures: list[list[Any]]) -> list[list[Any]]:
+  """Returns (row, reason) of what any process could not read."""
+  found = [pair for part in parallel.everyone(failures) for pair in part]
+  return [list(pair) for pair in dict(found).items()]
+
+
+def _share_failures(batches: pipeline.Batches) -> None:
+  batches.add_failures(_of_everyone(batches.get_state()["failures"]))
 
 
 def filled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -376,7 +409,7 @@ def _means(state: steps.State) -> dict[str, float]:
   sums = {k: float(v) for k, v in jax.device_get(state.sums).items()}
   loss = sums["loss"] / max(sums["weight"], 1e-12)
   if not math.isfinite(loss):
-    raise errors.RunError(
+    raise errors.DivergedError(
       f"the training loss is {loss} at step {int(state.step)}; lower"
       " config.optimiser.learning_rate or set config.optimiser.clip_norm, in"
       " another workdir"

@@ -64,16 +64,10 @@ def open_data(
   Raises:
     UsageError: the source or its labels cannot be used.
   """
-  examples = sources.open_source(config.data)
-  names, targets = labelling.read_targets(examples.classes, config.many_labels)
+  examples, names, targets = open_labelled(config)
   divided, notes = splitting.divide(
     config, examples, splits, every_class=not config.many_labels
   )
-  if len(names) < 2 - config.many_labels:
-    raise errors.UsageError(
-      f"{config.data.source} has {len(names)} classes; this needs two, or one"
-      " with config.many_labels"
-    )
   if config.many_labels:
     known = targets[examples.labels[divided["train"]]]
     for name, column in zip(names, known.T, strict=True):
@@ -83,6 +77,27 @@ def open_data(
           " leave it out or change the splits"
         )
   return Data(examples, divided, names, targets, [*examples.notes, *notes])
+
+
+def open_labelled(
+  config: ml_collections.ConfigDict,
+) -> tuple[sources.Examples, list[str], np.ndarray]:
+  """Opens the source and reads what its labels ask for.
+
+  Returns:
+    The source, and names and targets as `Data` holds them.
+
+  Raises:
+    UsageError: the source or its labels cannot be used.
+  """
+  examples = sources.open_source(config.data)
+  names, targets = labelling.read_targets(examples.classes, config.many_labels)
+  if len(names) < 2 - config.many_labels:
+    raise errors.UsageError(
+      f"{config.data.source} has {len(names)} classes; this needs two, or one"
+      " with config.many_labels"
+    )
+  return examples, names, targets
 
 
 class Trial:
@@ -142,6 +157,7 @@ class Trial:
       shuffle_seed=seed,
       epochs=config.epochs,
       drop_last=True,
+      shard=devices.shard,
     )
     self.steps = len(self._train)
     self.loss = _loss(config, data)
@@ -304,6 +320,7 @@ class _Reported(pipeline.Batches):
       image_size=config.data.image_size,
       batch_size=devices.batch_size(config.batch_size),
       workers=config.data.workers,
+      shard=devices.shard,
     )
     self._unreadable_of_run = unreadable
     self._limit = len(data.rows[split]), config.data.max_failures

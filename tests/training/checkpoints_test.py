@@ -1,8 +1,11 @@
 """Checkpoints: whole, newest, and never a damaged one."""
 
+import contextlib
 import os
+import pathlib
 import resource
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +13,11 @@ import numpy as np
 import pytest
 
 from jaxtransfer import errors
-from jaxtransfer.data import pipeline
 from jaxtransfer.training import checkpoints
 
 
-class _Counting(pipeline.Batches):
-  """Batches of nothing: only their place counts."""
-
-  def __init__(self):
-    super().__init__(
-      None, np.arange(64), image_size=1, batch_size=1, shuffle_seed=0
-    )
-
-
-def _at(number):
-  iterator = _Counting()
-  iterator.set_state({**iterator.get_state(), "next_batch": number})
-  return iterator
+def _place(number):
+  return {"next_batch": number, "failures": [[7, "cut short"]]}
 
 
 def _tree(value):
@@ -43,20 +34,18 @@ def saved(tmp_path):
   with checkpoints.Checkpoints(tmp_path, keep=2) as kept:
     for number in (1, 2, 3):
       records = [{"event": "train", "loss": float("nan"), "step": number}]
-      kept.save(number, _tree(number), _at(number), records, "one device")
+      kept.save(number, _tree(number), _place(number), records, "one device")
   return tmp_path
 
 
 def _restore(path):
-  iterator = _Counting()
   with checkpoints.Checkpoints(path, keep=2) as kept:
-    found, notes = kept.restore(_tree(0), iterator)
-  return found, notes, iterator.get_state()["next_batch"]
+    return kept.restore(_tree(0))
 
 
 def test_the_newest_comes_back_bit_by_bit(saved):
-  found, notes, place = _restore(saved)
-  assert not notes and place == 3
+  found, notes = _restore(saved)
+  assert not notes and found.place == _place(3)
   assert jax.tree.structure(found.tree) == jax.tree.structure(_tree(0))
   for one, other in zip(
     jax.tree.leaves(found.tree), jax.tree.leaves(_tree(3)), strict=True
@@ -76,12 +65,12 @@ def test_an_array_may_be_donated_once_save_returns(tmp_path):
   )
   state = {"a": jnp.zeros((1000, 1000))}
   with checkpoints.Checkpoints(tmp_path, keep=1) as kept:
-    kept.save(1, state, _at(0), [], "")
+    kept.save(1, state, _place(0), [], "")
     for _ in range(5):
       state = step(state)
     jax.block_until_ready(state)
   with checkpoints.Checkpoints(tmp_path, keep=1) as kept:
-    found, _ = kept.restore(state, _at(0))
+    found, _ = kept.restore(state)
   assert (found.tree["a"] == 0).all()
 
 
@@ -103,31 +92,101 @@ def _flip(path):
 
 
 def _empty_place(path):
-  (next((path / "iterator").glob("*.json"))).write_text("")
+  (path / "about" / "metadata").write_text("")
+
+
+def _lose_place(path):
+  file = path / "about" / "metadata"
+  file.write_text(file.read_text().replace("place", "plate"))
 
 
 def _lose_values(path):
   shutil.rmtree(path / "arrays")
 
 
-@pytest.mark.parametrize("damage", [_cut, _flip, _empty_place, _lose_values])
+@pytest.mark.parametrize(
+  "damage", [_cut, _flip, _empty_place, _lose_place, _lose_values]
+)
 def test_a_damaged_one_is_said_and_the_one_before_is_used(saved, damage):
-  """Whether files are short, changed, empty or gone; the iterator stands where
-  the one that is used had it, and the damaged number can be saved again."""
+  """Whether files are short, changed, empty or gone; and the damaged number can
+  be saved again."""
   damage(saved / "3")
-  found, notes, place = _restore(saved)
+  found, notes = _restore(saved)
   assert len(notes) == 1 and "3 is damaged" in notes[0]
-  assert (found.tree["step"], place) == (2, 2)
+  assert found.tree["step"] == 2 and found.place == _place(2)
   with checkpoints.Checkpoints(saved, keep=2) as kept:
-    kept.save(3, _tree(3), _at(3), [], "")
+    kept.save(3, _tree(3), _place(3), [], "")
   assert _restore(saved)[0].tree["step"] == 3
 
 
 def test_all_damaged_is_a_start_from_the_beginning(saved):
   for number in ("2", "3"):
     _cut(saved / number)
-  found, notes, place = _restore(saved)
-  assert found is None and len(notes) == 2 and place == 0
+  found, notes = _restore(saved)
+  assert found is None and len(notes) == 2
+
+
+def _numbers(path):
+  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+
+
+def test_the_best_epoch_stays_however_old_it_is(tmp_path):
+  """Beside the newest two there is that of the best epoch, until there is a
+  better one, also after a new start; when the newest are damaged, it is what
+  training goes on from."""
+  for number in range(1, 6):
+    # Each a run of its own.
+    with checkpoints.Checkpoints(tmp_path, keep=2) as kept:
+      kept.restore(_tree(0))
+      kept.save(
+        number, _tree(number), _place(number), [], "", is_best=number == 2
+      )
+  assert _numbers(tmp_path) == [2, 4, 5]
+  for number in ("4", "5"):
+    _cut(tmp_path / number)
+  found, notes = _restore(tmp_path)
+  assert found.tree["step"] == 2 and len(notes) == 2
+  with checkpoints.Checkpoints(tmp_path, keep=1) as kept:
+    kept.restore(_tree(0))
+    for number in (3, 4, 5):
+      kept.save(number, _tree(3), _place(3), [], "", is_best=number == 4)
+  assert _numbers(tmp_path) == [4, 5]
+
+
+@contextlib.contextmanager
+def _powerless():
+  """Takes away what lets root write where permissions forbid it."""
+  user = os.geteuid()
+  if user == 0:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    os.seteuid(user)
+
+
+def test_a_directory_that_cannot_be_written_is_said():
+  """One line that names it, and the checkpoint that was there is intact."""
+  # Not pytest's own, which only its owner may enter.
+  with tempfile.TemporaryDirectory() as name:
+    path = pathlib.Path(name) / "checkpoints"
+    with checkpoints.Checkpoints(path, keep=2) as kept:
+      kept.save(1, _tree(1), _place(1), [], "")
+    path.parent.chmod(0o755)
+    path.chmod(0o555)
+    with (
+      _powerless(),
+      pytest.raises(errors.RunError, match="give permission") as raised,
+      checkpoints.Checkpoints(path, keep=2) as kept,
+    ):
+      found, _ = kept.restore(_tree(0))
+      assert found.tree["step"] == 1
+      kept.save(2, _tree(2), _place(2), [], "")
+      kept.wait()
+    path.chmod(0o755)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    found, notes = _restore(path)
+    assert found.tree["step"] == 1 and not notes
 
 
 @pytest.fixture
@@ -147,7 +206,7 @@ def test_a_full_disk_is_said_and_the_one_before_stays(saved, full_disk):
     checkpoints.Checkpoints(saved, keep=2) as kept,
   ):
     tree = {**_tree(4), "params": {"layers.0.kernel": noise}}
-    kept.save(4, tree, _at(4), [], "")
+    kept.save(4, tree, _place(4), [], "")
     kept.wait()
-  found, notes, _ = _restore(saved)
+  found, notes = _restore(saved)
   assert found.tree["step"] == 3 and not notes

@@ -39,7 +39,14 @@ class _Memory:
 
 
 def _fit(
-  path, *, count=1, epochs=3, schedule="constant", scores=None, **changes
+  path,
+  *,
+  mode="jit",
+  count=1,
+  epochs=3,
+  schedule="constant",
+  scores=None,
+  **changes,
 ):
   data = _Drawn()
   settings = loop.Settings(
@@ -71,7 +78,7 @@ def _fit(
     train=batches(32, shuffle_seed=0, epochs=epochs, drop_last=True),
     validate=lambda: batches(8),
     score=score,
-    devices=parallel.Devices("jit", jax.devices()[:count]),
+    devices=parallel.Devices(mode, jax.devices()[:count]),
     directory=path,
     journal=memory,
     seed=0,
@@ -100,9 +107,10 @@ def test_plateau_lowers_the_rate_and_ends_below_its_floor(tmp_path):
   assert rates == pytest.approx([0.05] * 8 + [0.025] * 4)
 
 
-def test_going_on_with_other_devices_is_said(tmp_path):
-  """The last epoch is done again on two devices: nearly the same numbers, and
-  a note that they are not exactly so."""
+@pytest.mark.parametrize(("mode", "count"), [("jit", 8), ("pmap", 1)])
+def test_going_on_with_other_devices_is_said(tmp_path, mode, count):
+  """From one device to eight, and from jit to pmap, within an epoch: nearly
+  the same numbers, and a note that they are not exactly so."""
   whole = _fit(tmp_path / "whole", epochs=2)
 
   class Stop(Exception):
@@ -114,7 +122,7 @@ def test_going_on_with_other_devices_is_said(tmp_path):
 
   with pytest.raises(Stop):
     _fit(tmp_path / "run", epochs=2, scores=interrupted())
-  resumed = _fit(tmp_path / "run", epochs=2, count=2)
+  resumed = _fit(tmp_path / "run", epochs=2, mode=mode, count=count)
   assert len(resumed.notes) == 1 and "only up to rounding" in resumed.notes[0]
   assert [r["step"] for r in resumed.records] == [
     r["step"] for r in whole.records

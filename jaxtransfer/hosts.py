@@ -1,0 +1,159 @@
+"""The processes of a run: one, or several that train together.
+
+Several are started with the same command, usually one on every machine. The
+first of them writes and speaks; a mistake that one of them finds ends them all.
+This module is jax-free until processes join: a mistake in the command line is
+said at once.
+"""
+
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from jaxtransfer import errors
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+PREEMPTED = 143
+# The first process may still write the report when the others have done.
+_PATIENCE = 3600
+
+
+class One:
+  """A run of one process.
+
+  Attributes:
+    first: whether this process writes.
+  """
+
+  first = True
+
+  def meet(self, value: Any) -> Any:
+    """Returns the first process's value once all have come here.
+
+    Args:
+      value: for JSON.
+
+    Raises:
+      UsageError, RunError, SystemExit: another process ended with it.
+    """
+    return value
+
+  def begin(self) -> None:
+    """Ends the checks: all processes have passed them, and the work begins.
+
+    Raises:
+      UsageError, RunError, SystemExit: as `meet` does.
+    """
+
+  def end(self, message: str, code: int) -> NoReturn:
+    """Says why the process ends, and ends it.
+
+    Args:
+      message: one line.
+      code: exit code.
+    """
+    print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+  def crash(self, error: Exception) -> NoReturn:
+    """Ends the process after an error that nobody expected."""
+    raise error
+
+  def preempt(self, *_: object) -> None:
+    """Ends the process after SIGTERM; a signal handler."""
+    raise SystemExit(PREEMPTED)
+
+
+class Several(One):
+  """The processes that jax.distributed joins.
+
+  What they are told: `JAX_COORDINATOR_ADDRESS` (host:port of the first),
+  `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; or nothing, where JAX finds it out
+  itself: under Slurm, Open MPI, Kubernetes and on Cloud TPU.
+
+  Raises:
+    UsageError: the processes cannot find each other.
+  """
+
+  def __init__(self):
+    import jax
+
+    given = {name: os.environ.get(name) for name in _VARIABLES}
+    address, count, index = given.values()
+    told = None not in given.values()
+    # SIGTERM is this program's own affair, see `training.loop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+      jax.distributed.initialize(
+        address,
+        None if count is None else int(count),
+        None if index is None else int(index),
+        cluster_detection_method="deactivate" if told else None,
+        shutdown_timeout_seconds=_PATIENCE,
+      )
+    except (ValueError, TypeError, RuntimeError) as e:
+      reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+      raise errors.UsageError(
+        f"--distributed: the processes cannot join ({reason}); set"
+        f" {', '.join(_VARIABLES)} in each, or start them where JAX finds them"
+        " itself (Slurm, Open MPI, Kubernetes, Cloud TPU)"
+      ) from None
+    self.first = jax.process_index() == 0
+    # Checks: an error is for all. Work: the others are waiting for a result of
+    # this process, which only its end can tell them. Over: all know.
+    self._stage = "checks"
+    if not self.first:
+      sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+  def meet(self, value: Any) -> Any:  # noqa: D102
+    heard = self._tell({"value": value})
+    failed = [said for said in heard if "code" in said]
+    if not failed:
+      return heard[0]["value"]
+    message, code = failed[0]["message"], failed[0]["code"]
+    kinds = {2: errors.UsageError, 1: errors.RunError}
+    raise kinds.get(code, SystemExit)(message if code in kinds else code)
+
+  def begin(self) -> None:  # noqa: D102
+    self.meet(None)
+    self._stage = "work"
+
+  def end(self, message: str, code: int) -> NoReturn:  # noqa: D102
+    if self._stage == "checks":
+      self._tell({"message": message, "code": code})
+    elif self._stage == "work" and code != PREEMPTED:
+      self._leave(message, code)
+    super().end(message, code)
+
+  def crash(self, error: Exception) -> NoReturn:  # noqa: D102
+    lost = any(word in str(error) for word in ("Gloo", "NCCL", "coordination"))
+    if lost:
+      reason = (str(error).splitlines() or [""])[0][:200]
+      message = f"another process of the run has ended ({reason})"
+    else:
+      traceback.print_exception(error)
+      message = f"{type(error).__name__}: {error}"
+    if lost or self._stage != "checks":
+      self._leave(message, 1)
+    self.end(message, 1)
+
+  def preempt(self, *_: object) -> None:  # noqa: D102
+    # Where all agree on the step, training has a handler of its own.
+    if self._stage == "work":
+      self._leave("preempted; the same command resumes", PREEMPTED)
+    super().preempt()
+
+  def _tell(self, said: dict[str, Any]) -> list[dict[str, Any]]:
+    from jaxtransfer import parallel
+
+    heard = parallel.everyone(said)
+    if any("code" in one for one in heard):
+      self._stage = "over"
+    return heard
+
+  def _leave(self, message: str, code: int) -> NoReturn:
+    """Ends at once: a usual exit would wait for the others, who wait for us."""
+    print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,244 @@
+"""Several processes that train together, on one machine."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHANGES = {
+  "data.source": "synthetic:tissue?patients=20&tiles_per_patient=4",
+  "data.image_size": 32,
+  "batch_size": 16,
+  "epochs": 7,
+  "log_steps": 1,
+  "checkpoint_steps": 2,
+  "resamples": 50,
+  "optimiser.name": "sgd",
+  "optimiser.learning_rate": 0.01,
+  "network.until": "stem",
+  "network.weights": "",
+}
+# The command, which also leaves the numbers that training gave back: only the
+# first process exports them.
+SCRIPT = """
+import os
+import numpy as np
+from jaxtransfer import main
+from jaxtransfer.training import loop
+
+fit = loop.fit
+
+def watched(*arguments, **options):
+  fitted = fit(*arguments, **options)
+  np.savez(os.environ["NUMBERS"], **fitted.numbers[0])
+  return fitted
+
+loop.fit = watched
+main.run()
+"""
+
+
+class _Run:
+  """The same command in one process or in two that are joined."""
+
+  def __init__(self, path, cache):
+    self.path = path
+    self.cache = cache
+
+  def numbers(self, index):
+    with np.load(self.path.with_suffix(f".{index}.npz")) as stored:
+      return dict(stored)
+
+  def start(self, count=2, only=None):
+    """Starts the processes; `only` is what the last is told differently."""
+    with socket.socket() as s:
+      s.bind(("localhost", 0))
+      port = s.getsockname()[1]
+    started = []
+    for index in range(count):
+      changes = dict(CHANGES)
+      if only and index == count - 1:
+        changes |= only
+      joined = {}
+      if count > 1:
+        joined = {
+          "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+          "JAX_NUM_PROCESSES": str(count),
+          "JAX_PROCESS_ID": str(index),
+        }
+      started.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            f"--config={ROOT}/configs/finetune.py:resnet18",
+            f"--workdir={self.path}",
+            *(f"--config.{key}={value}" for key, value in changes.items()),
+            *(["--distributed"] if count > 1 else []),
+          ],
+          env={
+            **os.environ,
+            **joined,
+            "NUMBERS": str(self.path.with_suffix(f".{index}.npz")),
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAXTRANSFER_CACHE": str(self.cache),
+          },
+          cwd=ROOT,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+        )
+      )
+    return started
+
+  def end(self, processes):
+    """Returns (exit code, output) of each, at the latest after minutes."""
+    outputs = []
+    try:
+      for process in processes:
+        output, _ = process.communicate(timeout=300)
+        outputs.append((process.returncode, output))
+    finally:
+      for process in processes:
+        process.kill()
+    return outputs
+
+  def finish(self, count=2):
+    outputs = self.end(self.start(count))
+    assert [code for code, _ in outputs] == [0] * count, outputs
+    return outputs
+
+  def records(self):
+    lines = (self.path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+      del record["timing"]
+    return records
+
+  def signal_after(self, lines, index, number):
+    """Starts both and signals one of them after some lines of the log."""
+    processes = self.start()
+    log = self.path / "metrics.jsonl"
+    while processes[index].poll() is None:
+      if log.exists() and log.read_text().count("\n") >= lines:
+        break
+      time.sleep(0.002)
+    processes[index].send_signal(number)
+    return self.end(processes)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+  """A run of two processes that nothing interrupted."""
+  root = tmp_path_factory.mktemp("pair")
+  run = _Run(root / "run", root / "cache")
+  run.finish()
+  return run
+
+
+def _flat(value):
+  if isinstance(value, dict):
+    return [x for key in sorted(value) for x in _flat(value[key])]
+  return [value] if isinstance(value, float) else []
+
+
+def test_two_processes_train_as_one(pair, tmp_path):
+  """Twenty-one steps: each process reads half of a batch and the gradient is
+  the sum over both, so only the order of sums differs from one process. Both
+  processes hold the same bits, and one of them has written."""
+  one = _Run(tmp_path / "run", pair.cache)
+  one.finish(count=1)
+  records, expected = pair.records(), one.records()
+  assert records[-1]["step"] == 21 and len(records) == len(expected) == 28
+  for record, other in zip(records, expected, strict=True):
+    assert record["event"] == other["event"]
+    np.testing.assert_allclose(
+      _flat(record), _flat(other), rtol=0, atol=1e-5, err_msg=str(record)
+    )
+  for name, value in pair.numbers(0).items():
+    np.testing.assert_array_equal(value, pair.numbers(1)[name])
+    np.testing.assert_allclose(value, one.numbers(0)[name], atol=1e-5)
+  about = json.loads((pair.path / "config.json").read_text())["run"]
+  assert about["devices"] == "2 x cpu (jit, 2 processes)"
+  results = [
+    json.loads((run.path / "results.json").read_text())["measurements"]
+    for run in (pair, one)
+  ]
+  for row, other in zip(*results, strict=True):
+    assert (row["metric"], row["n"]) == (other["metric"], other["n"])
+    np.testing.assert_allclose(_flat(row), _flat(other), atol=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(pair):
+  """The first process sees it, and tells the others."""
+  outputs = pair.finish()
+  assert "is finished" in outputs[0][1]
+  assert "is finished" not in outputs[1][1]
+
+
+def test_a_mistake_of_one_process_ends_all(pair, tmp_path):
+  """One host has not got the images: each says so and none waits."""
+  run = _Run(tmp_path / "run", pair.cache)
+  outputs = run.end(run.start(only={"data.source": "/no/such.csv"}))
+  for code, output in outputs:
+    assert code == 2 and "/no/such.csv" in output and "Trace" not in output
+  assert not (run.path / "config.json").exists()
+
+
+def test_what_cannot_be_joined_is_a_mistake_in_the_flag(tmp_path):
+  """No scheduler, no variables: said at once, with the names."""
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "jaxtransfer.main",
+      f"--config={ROOT}/configs/finetune.py:resnet18",
+      f"--workdir={tmp_path}",
+      "--distributed",
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and "JAX_COORDINATOR_ADDRESS" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_one_signal_stops_all_at_one_step(pair, tmp_path):
+  """SIGTERM to the process that does not write: both save, exit with 143, and
+  go on as if nothing had been. Then the one that writes is killed: the other
+  ends too, and the last run ends with the bits of the uninterrupted one."""
+  run = _Run(tmp_path / "run", pair.cache)
+  outputs = run.signal_after(5, 1, signal.SIGTERM)
+  assert [code for code, _ in outputs] == [143, 143], outputs
+  stopped = len(run.records())
+  assert 5 <= stopped < len(pair.records())
+  outputs = run.signal_after(stopped + 4, 0, signal.SIGKILL)
+  assert outputs[0][0] == -signal.SIGKILL and outputs[1][0] != 0, outputs
+  run.finish()
+  assert run.records() == pair.records()
+  export = "export/model.safetensors"
+  assert (run.path / export).read_bytes() == (pair.path / export).read_bytes()
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(pair, tmp_path):
+  """A place counts batches of all processes, so it means the same to one; that
+  the numbers are only nearly those of two is said."""
+  run = _Run(tmp_path / "run", pair.cache)
+  outputs = run.signal_after(5, 0, signal.SIGTERM)
+  assert [code for code, _ in outputs] == [143, 143], outputs
+  ((_, output),) = run.finish(count=1)
+  assert "only up to rounding" in output
+  for name, value in pair.numbers(0).items():
+    np.testing.assert_allclose(value, run.numbers(0)[name], atol=1e-5)

@@ -10,7 +10,7 @@ import io
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import matplotlib.style
@@ -463,7 +463,7 @@ def pareto_panels(
     stacked: whether the panels stand above each other, with room for names.
   """
   marks = [mark for mark in marks if mark.tap in names]
-  size = (6.8, 0.4 + 2.9 * len(costs)) if stacked else (_LEAST_WIDTH, 3.3)
+  size = (6.8, 0.4 + 3.3 * len(costs)) if stacked else (_LEAST_WIDTH, 3.3)
   figure = Figure(figsize=size, layout="constrained")
   figure.get_layout_engine().set(w_pad=6 / 72)
   shape = (len(costs), 1) if stacked else (1, len(costs))
@@ -490,6 +490,7 @@ def pareto_panels(
       np.stack([cost, series.value], axis=1),
       names,
       list(dict.fromkeys([*marked, *others])),
+      above={*marked, *front} if stacked else (),
     )
   return figure
 
@@ -550,9 +551,15 @@ def _draw_pareto(
 
 
 def _name_points(
-  axis: Axes, points: np.ndarray, names: Sequence[str], order: Sequence[int]
+  axis: Axes,
+  points: np.ndarray,
+  names: Sequence[str],
+  order: Sequence[int],
+  above: Collection[int] = (),
 ) -> None:
   """Writes names beside (N, 2) points wherever they touch nothing else.
+
+  Those in `above` have theirs above them where that is possible.
 
   The figure's layout is settled before and left alone from then on, so that
   what does not overlap now does not later.
@@ -577,7 +584,9 @@ def _name_points(
   for i in order:
     if not np.isfinite(pixels[i]).all():
       continue
-    for offset, horizontal, vertical in places:
+    for offset, horizontal, vertical in sorted(
+      places, key=lambda place: i in above and place[2] != "bottom"
+    ):
       text = axis.annotate(
         names[i],
         xy=points[i],

@@ -84,10 +84,10 @@ tr > th:first-child { text-align: left; }
 tbody th { font-weight: 500; }
 td .minor { display: block; font-size: .92em; }
 .words, .reason {
-  display: block; max-width: 15rem; min-width: 9rem; white-space: normal;
+  display: block; max-width: 16rem; min-width: 11rem; white-space: normal;
   overflow-wrap: break-word; color: #5c5c5c; font-weight: 400;
 }
-.reason { max-width: none; min-width: 14rem; text-align: left; }
+.reason { max-width: none; min-width: 10rem; text-align: left; }
 tr.chosen > * { background: #fdeee4; font-weight: 650; }
 .role {
   margin-left: .4rem; padding: 0 .35rem; border-radius: .6rem;
@@ -290,7 +290,7 @@ def _facts(summary: Mapping[str, Any]) -> Html:
     "image size": _pixels(summary.get("image_size")),
     "random networks": summary.get("seeds"),
     "repeats": summary.get("repeats"),
-    "successive halving": summary.get("halving"),
+    "search": summary.get("halving"),
     "tolerance": summary.get("tolerance"),
     "intervals": summary.get("interval"),
     "devices": run.get("devices"),

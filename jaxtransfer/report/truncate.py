@@ -25,12 +25,11 @@ class _Method(NamedTuple):
 
 _METHODS = {
   "ttl": _Method("TTL", "cut there, all trained", figures.BLUE, "o"),
-  "lwft": _Method("LWFT", "whole, trained from there", figures.PURPLE, "s"),
+  "lwft": _Method("LWFT", "whole, trained after it", figures.PURPLE, "s"),
   "fat": _Method("FAT", "cut there, head trained", figures.GREEN, "^"),
-  "tf": _Method("TF", "random and half wide above", figures.GREY, "D"),
+  "tf": _Method("TF", "half wide, random after it", figures.GREY, "D"),
 }
 _UNKNOWN = _Method("", "", figures.INK, "v")
-_TESTED = ("auroc", "auprc", "accuracy", "balanced_accuracy")
 
 
 def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
@@ -55,6 +54,11 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
 
   exported = _exported(summary)
   confusion_title, confusion_caption = finetune.CONFUSION_WORDS
+  # Of one repeat each: the interval of the means is not theirs.
+  ranking_title, ranking_caption = finetune.ranking_words(
+    {**summary, "interval": "95 %, resampling the test split"}
+  )
+  ranking_caption += " Of each network the repeat that is best on validation."
   reliability_title, reliability_caption = finetune.reliability_words(summary)
   sections = [
     Section(
@@ -107,7 +111,8 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
               for network in summary.get("curves") or ()
             ]
           ),
-          *finetune.ranking_words(summary),
+          ranking_title,
+          ranking_caption,
         )
       ],
     ),
@@ -232,6 +237,7 @@ def _draw_method(axis: Axes, points: Sequence[_Point], method: str) -> None:
     for point in whole:
       values = [tables.finite(v) for v in point.item.get("values") or ()]
       values = [value for value in values if math.isfinite(value)]
+      values = values if len(values) > 1 else []
       axis.scatter(
         [point.x] * len(values),
         values,
@@ -291,19 +297,22 @@ def _share_of_macs(summary: Mapping[str, Any]) -> np.ndarray:
 def _search_words(summary: Mapping[str, Any]) -> str:
   """Returns how the first figure is read, saying only what stands in it."""
   items = summary.get("search") or ()
-  words = "Shallow cuts stand left. A point is the mean"
-  if repeats := summary.get("repeats"):
-    words += f" over {repeats}"
-  if any(item.get("method") == "ttl" for item in items):
+  words = "Shallow cuts stand left. A point is "
+  single = all(len(item.get("values") or ()) == 1 for item in items)
+  repeats = summary.get("repeats") or "the repeats"
+  words += "one training" if single else f"the mean over {repeats}"
+  if not single and any(item.get("method") == "ttl" for item in items):
     words += "; of TTL the pale dots are the single ones"
     if any(math.isfinite(tables.finite(item.get("low"))) for item in items):
       words += " and the bars 95 % intervals of the mean"
   words += "."
   if any(item.get("stopped") for item in items):
     words += (
-      " Hollow points were stopped before their end and do not compare with"
-      " the others."
+      " Hollow points were stopped before their end, or lack a repeat that"
+      " failed, and cannot be chosen."
     )
+  if halving := summary.get("halving"):
+    words += f" {halving}"
   if np.isfinite(_share_of_macs(summary)).any():
     words += (
       " Below, the multiply-accumulates of the network cut there, where one"
@@ -451,7 +460,11 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     rows.append(
       [
         _named(item),
-        *(_mean_and_spread(_tested(item, name)) for name in _TESTED),
+        *(_mean_and_spread(_tested(item, name)) for name in ("auroc", "auprc")),
+        tables.with_note(
+          _mean(item, "accuracy"),
+          f"balanced {_mean(item, 'balanced_accuracy')}",
+        ),
         tables.score(tables.finite(item.get("val"))),
         tables.with_note(
           tables.quantity(params), f"{tables.quantity(trained)} trained"
@@ -472,7 +485,9 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     )
   header = [
     "network",
-    *(f"test {tables.METRICS[name]}" for name in _TESTED),
+    "test AUROC",
+    "test AUPRC",
+    "test accuracy",
     f"validation {_metric(summary)}",
     "parameters",
     "MACs",
@@ -507,6 +522,10 @@ def _named(item: Mapping[str, Any]) -> Html:
     role,
     tag("span", str(words), class_="words") if words else None,
   )
+
+
+def _mean(item: Mapping[str, Any], metric: str) -> str:
+  return tables.score(tables.finite(_tested(item, metric).get("mean")))
 
 
 def _mean_and_spread(tested: Mapping[str, Any]) -> Html:
@@ -566,10 +585,10 @@ def search_table(summary: Mapping[str, Any]) -> Html | None:
   words = "In the order of training. Means over"
   words += f" {summary.get('repeats') or 'repeats'}, intervals in brackets."
   if halving := summary.get("halving"):
-    words += f" Successive halving: {halving}."
+    words += f" {halving}"
   return tag(
     "details",
-    tag("summary", f"All {len(rows):,} of the search"),
+    tag("summary", f"All {len(rows):,} cuts that were tried"),
     tables.table(
       words,
       header[:kept],
@@ -608,7 +627,8 @@ def failure_table(summary: Mapping[str, Any]) -> Html | None:
 def _exported(summary: Mapping[str, Any]) -> str:
   """Returns the words that say which network a figure is of."""
   seed = (summary.get("exported") or {}).get("seed")
-  return "" if seed is None else f" Of the exported network, seed {seed}."
+  kind = "fold" if "fold" in str(summary.get("repeats")) else "seed"
+  return "" if seed is None else f" Of the exported network, {kind} {seed}."
 
 
 def _tested(row: Mapping[str, Any], metric: str) -> Mapping[str, Any]:

@@ -53,6 +53,28 @@ def written(figure):
   return shown, figure.bbox
 
 
+def assert_legible(name, figure):
+  """Every text lies inside the figure and none touches another.
+
+  Boxes of slanted names overlap where the names do not, so those are held
+  against each other only through their distance along the axis.
+  """
+  texts, canvas = written(figure)
+  for words, _, box in texts:
+    inside = canvas.x0 - 1 <= box.x0 and box.x1 <= canvas.x1 + 1
+    inside &= canvas.y0 - 1 <= box.y0 and box.y1 <= canvas.y1 + 1
+    assert inside, f"{name}: {words!r} is cut off"
+  straight = [t for t in texts if t[1].get_rotation() in (0, 90)]
+  for (a, _, box), (b, _, other) in itertools.combinations(straight, 2):
+    assert not box.overlaps(other), f"{name}: {a!r} touches {b!r}"
+  slanted = [t for t in texts if t[1].get_rotation() == 45]
+  for axis in figure.axes:
+    ends = sorted(t[2].x1 for t in slanted if t[1].axes is axis)
+    # 8 points high at 45 degrees: neighbours need 8 * sqrt(2) points.
+    gaps = np.diff(ends) * 72 / figure.dpi
+    assert (gaps > 11.3).all(), f"{name}: names run into each other"
+
+
 @pytest.mark.parametrize(
   "taps, cut, best",
   [
@@ -66,29 +88,11 @@ def written(figure):
   ids=["1", "3", "9", "9-swapped", "17", "103"],
 )
 def test_nothing_is_cut_off_and_no_names_overlap(taps, cut, best):
-  """Every text lies inside the figure and none touches another.
-
-  Boxes of slanted names overlap where the names do not, so those are held
-  against each other only through their distance along the axis.
-  """
   results = example.results(
     taps, cut=cut, best=best, seeds=1, probes=("logistic", "linear_svm")
   )
   for name, figure in drawn(results).items():
-    texts, canvas = written(figure)
-    for words, _, box in texts:
-      inside = canvas.x0 - 1 <= box.x0 and box.x1 <= canvas.x1 + 1
-      inside &= canvas.y0 - 1 <= box.y0 and box.y1 <= canvas.y1 + 1
-      assert inside, f"{name}: {words!r} is cut off"
-    straight = [t for t in texts if t[1].get_rotation() in (0, 90)]
-    for (a, _, box), (b, _, other) in itertools.combinations(straight, 2):
-      assert not box.overlaps(other), f"{name}: {a!r} touches {b!r}"
-    slanted = [t for t in texts if t[1].get_rotation() == 45]
-    for axis in figure.axes:
-      ends = sorted(t[2].x1 for t in slanted if t[1].axes is axis)
-      # 8 points high at 45 degrees: neighbours need 8 * sqrt(2) points.
-      gaps = np.diff(ends) * 72 / figure.dpi
-      assert (gaps > 11.3).all(), f"{name}: names run into each other"
+    assert_legible(name, figure)
 
 
 def test_marked_taps_keep_their_names_when_names_are_thinned():

@@ -1,0 +1,349 @@
+"""The search for a cut, whole, on small images and the smallest network."""
+
+import collections
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxtransfer import errors, workdir
+from jaxtransfer.data import preprocess, sources
+from jaxtransfer.jobs import truncate
+from jaxtransfer.networks import zoo
+from jaxtransfer.weights import loading
+from tests.jobs import configs
+
+CHANGES = {
+  "batch_size": 16,
+  "epochs": 2,
+  "log_steps": 1,
+  "resamples": 20,
+  "seeds": 2,
+  "small": "",
+  "layer_step": 0,
+  "methods": "ttl,lwft",
+  "taps": "block1,block2",  # and block4, the whole network
+  "cost_batch_size": 8,
+  "optimiser.learning_rate": 0.01,
+  "data.image_size": 16,
+  "network.weights": "",
+  "augment.crop": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """Eighty small images of two textures and twenty patients."""
+  return configs.write_tiles(tmp_path_factory.mktemp("tiles"), side=16)
+
+
+def _config(source, network="cbr_tiny", **changes):
+  config = configs.load("truncate", network)
+  changes = {**CHANGES, "data.source": str(source), **changes}
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def _run(config, path):
+  with workdir.claim(
+    path, config.to_dict(), "the command", shared=True
+  ) as claimed:
+    return truncate.run(config, claimed)
+
+
+def _results(path):
+  return json.loads((path / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+  """A finished run of two methods."""
+  path = tmp_path_factory.mktemp("runs") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAXTRANSFER_CACHE", str(path.parent / "cache"))
+    assert _run(_config(source), path) == 0
+  return path
+
+
+def test_the_cut_is_the_shallowest_within_the_tolerance_on_validation(finished):
+  """Recomputed from the single trainings, and not from what the job says of
+  them; the test split has no part in it."""
+  summary = _results(finished)["summary"]
+  scores = collections.defaultdict(list)
+  for unit in (finished / "units").iterdir():
+    method, cut, weights, _ = unit.name.split("-")
+    record = json.loads((unit / "done.json").read_text())
+    if method == "ttl" and weights == "random":
+      scores[cut].append(record["val"]["auroc"])
+  assert {len(values) for values in scores.values()} == {2}
+  means = {cut: np.mean(values) for cut, values in scores.items()}
+  best = max(means.values())
+  good = [c for c in ("block1", "block2", "block4") if c in means]
+  good = [cut for cut in good if means[cut] >= best - 0.01]
+  assert summary["cut"] == good[0]
+  for one in summary["search"]:
+    if one["method"] == "ttl":
+      assert one["value"] == pytest.approx(means[one["cut"]])
+      assert one["low"] <= one["high"]
+      assert one["chosen"] == (one["cut"] == good[0])
+
+
+def test_what_a_run_leaves(finished):
+  """The files of a workdir, and a table with a row of every method."""
+  names = {path.name for path in finished.iterdir()}
+  assert {
+    "config.json",
+    "results.json",
+    "results.csv",
+    "report.html",
+    "splits.json",
+    "export",
+    "units",
+  } <= names
+  results = _results(finished)
+  methods = {row["method"] for row in results["summary"]["table"]}
+  assert "lwft" in methods and "ttl" in methods
+  for row in results["summary"]["table"]:
+    assert row["latency_ms"] > 0 and row["images_per_second"] > 0
+    assert 0 < row["trained_params"] <= row["params"]
+    score = row["test"]["auroc"]
+    assert score["mean"] == pytest.approx(np.mean(score["values"]))
+    assert score["sd"] == pytest.approx(np.std(score["values"], ddof=1))
+  read = {r["metric"] for r in results["measurements"] if r["split"] == "test"}
+  assert {"auroc", "auprc"} <= read
+  # A checkpoint is three times a network; none is left.
+  assert not list(finished.glob("units/*/checkpoints"))
+
+
+def test_the_export_is_the_network_that_was_measured(finished, source):
+  """Loaded as a user loads it, it gives the logits that were kept of the test
+  split."""
+  summary = _results(finished)["summary"]
+  card = json.loads((finished / "export" / "model.json").read_text())
+  assert card["until"] == summary["cut"]
+  assert card["classes"] == ["class 0", "class 1"]
+  exported = finished / "export" / "model.safetensors"
+  model = loading.create_model(
+    "cbr_tiny",
+    until=None if summary["cut"] == "block4" else summary["cut"],
+    weights=exported,
+    keep_head=True,
+  )
+  unit = f"ttl-{summary['cut']}-random-{summary['exported']['seed']}"
+  with np.load(finished / "units" / unit / "test.npz") as stored:
+    rows, logits = stored["rows"], stored["logits"]
+  examples = sources.open_source(_config(source).data)
+  images = np.stack([examples.read(row) for row in rows])
+  found = model(preprocess.preprocess(images, card["mean"], card["std"]))
+  assert np.abs(np.asarray(found) - logits).max() < 1e-4 * np.abs(logits).max()
+
+
+def test_nothing_is_trained_twice(finished, source, tmp_path):
+  """Without its results, the run only measures again; without a unit, it
+  trains this one to the same bits."""
+  units = finished / "units"
+  before = _results(finished)
+  stamps = {p: p.stat().st_mtime_ns for p in units.glob("*/done.json")}
+  lost = units / "ttl-block2-random-1"
+  numbers = load_file(lost / "model.safetensors")
+  for path in lost.iterdir():
+    path.unlink()
+  (finished / "results.json").unlink()
+  assert _run(_config(source), finished) == 0
+  for path, stamp in stamps.items():
+    assert (path.stat().st_mtime_ns == stamp) == (path.parent != lost)
+  again = load_file(lost / "model.safetensors")
+  assert all(np.array_equal(numbers[n], again[n]) for n in numbers)
+  after = _results(finished)
+
+  def scores(results):
+    return [
+      row
+      for row in results["measurements"]
+      if row["metric"] in ("auroc", "auprc", "accuracy")
+    ]
+
+  assert scores(before) == scores(after)
+
+
+def test_halving_drops_cuts_and_changes_no_other(finished, source, tmp_path):
+  """A training that was paused and went on is that which never paused."""
+  path = tmp_path / "run"
+  _run(_config(source, halving=1, methods="ttl", taps="blocks"), path)
+  summary = _results(path)["summary"]
+  assert "halving" in summary["halving"]
+  stopped = [one["cut"] for one in summary["search"] if one["stopped"]]
+  assert stopped and "block4" not in stopped
+  for unit in (path / "units").iterdir():
+    if unit.name.split("-")[1] in stopped:
+      assert json.loads((unit / "paused.json").read_text())["epoch"] == 1
+      continue
+    whole = finished / "units" / unit.name / "model.safetensors"
+    if whole.exists():
+      numbers = load_file(whole)
+      found = load_file(unit / "model.safetensors")
+      assert all(np.array_equal(found[n], numbers[n]) for n in numbers)
+
+
+def test_every_image_is_tested_once_by_folds(source, tmp_path):
+  path = tmp_path / "run"
+  config = _config(source, folds=3, methods="ttl", taps="block1")
+  assert _run(config, path) == 0
+  summary = _results(path)["summary"]
+  assert summary["repeats"] == "3 folds"
+  rows = [np.load(p)["rows"] for p in path.glob("units/ttl-block4*/test.npz")]
+  assert sorted(np.concatenate(rows)) == list(range(80))
+
+
+def test_a_failed_training_is_reported_and_the_rest_go_on(source, tmp_path):
+  """Of a cut with a failed training nothing is chosen; the run says so and
+  ends with 1."""
+  path = tmp_path / "run"
+  unit = path / "units" / "ttl-block2-random-0"
+  unit.mkdir(parents=True)
+  (unit / "failed.json").write_text(json.dumps({"reason": "the loss is nan"}))
+  assert _run(_config(source, methods="ttl", seeds=1), path) == 1
+  summary = _results(path)["summary"]
+  assert summary["failed"] == [
+    {"unit": "ttl-block2-random-0", "reason": "the loss is nan"}
+  ]
+  stopped = {one["cut"]: one["stopped"] for one in summary["search"]}
+  assert stopped["block2"] == "1 of 1 trainings failed"
+  assert stopped["block1"] is None and summary["cut"] != "block2"
+
+
+def test_a_diverged_training_fails_alone(source, tmp_path):
+  """At an absurd rate nothing can be chosen: one line, and the reasons stay."""
+  config = _config(
+    source, methods="ttl", seeds=1, **{"optimiser.learning_rate": 1e30}
+  )
+  with pytest.raises(errors.RunError, match="no cut of ttl"):
+    _run(config, tmp_path / "run")
+  reasons = list((tmp_path / "run" / "units").glob("*/failed.json"))
+  assert len(reasons) == 3
+
+
+def test_two_processes_share_the_trainings(source, tmp_path):
+  """Each says what it has trained: together everything, nothing twice."""
+  path = tmp_path / "run"
+  changes = {**CHANGES, "data.source": str(source), "methods": "ttl"}
+  command = [
+    sys.executable,
+    "-m",
+    "jaxtransfer.main",
+    f"--config={configs.ROOT}/configs/truncate.py:cbr_tiny",
+    f"--workdir={path}",
+    *(f"--config.{key}={value}" for key, value in changes.items()),
+  ]
+  environment = {**os.environ, "JAXTRANSFER_CACHE": str(tmp_path / "cache")}
+  running = [
+    subprocess.Popen(
+      command,
+      env=environment,
+      cwd=configs.ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for _ in range(2)
+  ]
+  said = [process.communicate(timeout=300)[0] for process in running]
+  assert [process.returncode for process in running] == [0, 0], said
+  lines = [line for text in said for line in text.splitlines()]
+  trained = [x.split(":")[0] for x in lines if ": 2 epochs" in x]
+  expected = {f"ttl-block{b}-random-{s}" for b in (1, 2, 4) for s in range(2)}
+  assert sorted(trained) == sorted(expected)
+  assert _results(path)["summary"]["cut"]
+
+
+def test_the_second_stage_looks_around_the_best_block():
+  """The 17 points of ResNet-50 that Peng et al. number, and DenseNet's within
+  the winning block."""
+  plan = truncate.make_plan(configs.load("truncate", "resnet50"))
+  assert plan.blocks == ("layer1", "layer2", "layer3", "layer4")
+  assert len(plan.layers) == 17
+  around = plan.around("ttl", "layer3", 1)
+  assert around == [
+    *(f"layer3.{i}" for i in range(5)),
+    *(f"layer4.{i}" for i in range(2)),
+  ]
+  assert plan.around("ttl", "layer1", 1)[0] == "stem"
+  assert plan.around("ttl", "layer4", 1) == ["layer4.0", "layer4.1"]
+  assert plan.around("ttl", "layer3", 2) == ["layer3.1", "layer3.3", "layer4.1"]
+
+  plan = truncate.make_plan(configs.load("truncate", "densenet121"))
+  assert plan.blocks == (
+    "transition1",
+    "transition2",
+    "transition3",
+    "norm5",
+  )
+  around = plan.around("ttl", "transition2", 1)
+  assert around == [f"denseblock2.denselayer{i}" for i in range(1, 13)]
+
+
+def test_methods_train_what_they_say(source):
+  """Frozen layers and half widths, counted on ResNet-18."""
+  config = _config(
+    source, network="resnet18", methods="ttl,lwft,fat,tf", taps="blocks"
+  )
+  plan = truncate.make_plan(config)
+  data = truncate._open(config, plan, source.parent / "none.json")
+  weights = loading.resolve_weights("resnet18", None)
+  bench = truncate._Bench(
+    config, plan, truncate.parallel.Devices(), data, weights, source.parent
+  )
+  layers = {x.name: x.params for x in zoo.list_layers("resnet18")}
+
+  def trained(method, cut):
+    (unit, _) = bench.units(method, cut)
+    return bench.training(unit, bench.network(unit)).trained_params
+
+  head = 512 * 2 + 2
+  assert trained("ttl", "layer4") == layers["layer4"] + head
+  assert trained("ttl", "layer2") == layers["layer2"] + 128 * 2 + 2
+  assert trained("lwft", "layer2") == layers["layer4"] - layers["layer2"] + head
+  assert trained("fat", "layer3") == 256 * 2 + 2
+  narrow = zoo.build("resnet18", slim_after="layer3", num_classes=2)
+  params, _ = zoo.count(narrow)
+  assert trained("tf", "layer3") == params + 256 * 2 + 2
+  assert params < layers["layer4"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "says"),
+  [
+    ({"methods": "lwft"}, "ttl"),
+    ({"methods": "ttl,ftl"}, "config.methods"),
+    ({"small": "resnet18"}, "config.small"),
+    ({"metric": "loss"}, "config.metric"),
+    ({"folds": 2}, "config.folds"),
+    ({"halving": -1}, "config.halving"),
+    ({"network.until": "block1"}, "config.taps"),
+    ({"taps": "block9"}, "block9"),
+  ],
+)
+def test_mistakes_are_said_before_any_work(source, tmp_path, changes, says):
+  with pytest.raises(errors.UsageError, match=says):
+    _run(_config(source, **changes), tmp_path / "run")
+  assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_units_have_names_of_their_own():
+  """Two trainings in one directory would be one."""
+  unit = truncate.Unit("ttl", "layer2.0", "pretrained", 1)
+  others = [
+    dataclasses.replace(unit, **change)
+    for change in (
+      {"method": "fat"},
+      {"cut": "layer2"},
+      {"weights": "random"},
+      {"repeat": 2},
+    )
+  ]
+  assert len({u.name for u in (unit, *others)}) == 5

@@ -1,5 +1,6 @@
 """Several processes that train together, on one machine."""
 
+import csv
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,9 +51,10 @@ main.run()
 class _Run:
   """The same command in one process or in two that are joined."""
 
-  def __init__(self, path, cache):
+  def __init__(self, path, cache, changes=None):
     self.path = path
     self.cache = cache
+    self.changes = CHANGES | (changes or {})
 
   def numbers(self, index):
     with np.load(self.path.with_suffix(f".{index}.npz")) as stored:
@@ -64,7 +67,7 @@ class _Run:
       port = s.getsockname()[1]
     started = []
     for index in range(count):
-      changes = dict(CHANGES)
+      changes = dict(self.changes)
       if only and index == count - 1:
         changes |= only
       joined = {}
@@ -192,6 +195,31 @@ def test_a_mistake_of_one_process_ends_all(pair, tmp_path):
   for code, output in outputs:
     assert code == 2 and "/no/such.csv" in output and "Trace" not in output
   assert not (run.path / "config.json").exists()
+
+
+def test_unreadable_images_of_all_processes_are_counted(pair, tmp_path):
+  """Whoever meets a broken file, it is listed once, and what one has not seen
+  itself ends it too when together there are too many."""
+  rows = []
+  for i in range(80):
+    path = tmp_path / f"{i}.png"
+    path.write_text("no image")
+    if i % 10:
+      noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+      PIL.Image.fromarray(noise).save(path)
+    rows.append((path.name, f"class {i % 2}"))
+  with open(tmp_path / "manifest.csv", "w", newline="") as f:
+    csv.writer(f).writerows([("path", "label"), *rows])
+  changes = {"data.source": str(tmp_path / "manifest.csv"), "epochs": 1}
+  run = _Run(tmp_path / "run", pair.cache, changes | {"data.max_failures": 0.5})
+  outputs = run.end(run.start())
+  assert [code for code, _ in outputs] == [1, 1], outputs
+  listed = (run.path / "failures.csv").read_text().splitlines()[1:]
+  assert len(listed) == len(set(listed)) == 8
+  strict = _Run(tmp_path / "strict", pair.cache, changes)
+  for code, output in strict.end(strict.start()):
+    assert code == 1 and "images could not be read" in output, output
+    assert "Traceback" not in output
 
 
 def test_what_cannot_be_joined_is_a_mistake_in_the_flag(tmp_path):

@@ -1,7 +1,11 @@
-"""Images per second of a forward pass, beside torchvision in the same minutes.
+"""Images per second, beside torchvision in the same minutes.
 
-    python benchmarks/forward.py
-    python benchmarks/forward.py --torch-python ../torch/bin/python
+    python -m benchmarks.forward
+    python -m benchmarks.forward --torch-python ../torch/bin/python
+    python -m benchmarks.forward --train --torch-python ../torch/bin/python
+
+A forward pass, or, with --train, a whole step: forward, backward, Adam on all
+parameters; ours also turns uint8 images into floats, as it does for a user.
 
 Ours, torch eager and torch.compile (both channels-last) take turns, round after
 round, so that whatever else the machine does falls on all of them; a ratio is
@@ -61,7 +65,9 @@ class Jax:
   def versions(self) -> str:
     return versions("jax", "jaxlib", "flax")
 
-  def load(self, name: str, batch: int, size: int, dtype: str) -> dict:
+  def load(
+    self, name: str, batch: int, size: int, dtype: str, train: bool
+  ) -> dict:
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -72,6 +78,8 @@ class Jax:
     devices = parallel.Devices()
     model = zoo.build(name, num_classes=1000, dtype=jnp.dtype(dtype))
     tensors.load(model, tensors.random(model, 0))
+    if train:
+      return self.load_step(devices, model, batch, size)
     graph, state = nnx.split(model)
     images = jax.random.normal(
       jax.random.key(0), (batch, size, size, 3), jnp.dtype(dtype)
@@ -82,6 +90,65 @@ class Jax:
     compiled = forward.lower(state, images).compile()
     seconds = time.perf_counter() - start
     self.call = lambda: compiled(state, images)
+    jax.block_until_ready(self.call())
+    return {OURS: seconds}
+
+  def load_step(self, devices, model, batch: int, size: int) -> dict:
+    import jax
+    import numpy as np
+
+    from jaxtransfer.training import augment, optimisers, steps
+
+    recipe = steps.Recipe(
+      loss=steps.Loss(np.eye(1000), False, np.ones(1000), 0.0),
+      optimiser=optimisers.Optimiser(
+        name="adam",
+        learning_rate=1e-4,
+        backbone=1.0,
+        momentum=0.9,
+        weight_decay=0.0,
+        clip_norm=0.0,
+      ),
+      schedule=lambda step: 1.0,
+      augmentation=augment.Augmentation(
+        crop=1.0,
+        flip_horizontal=False,
+        flip_vertical=False,
+        quarter_turns=False,
+        stain=0.0,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.0,
+      ),
+      mean=(0.5, 0.5, 0.5),
+      std=(0.25, 0.25, 0.25),
+      frozen=0,
+      batch_norm="train",
+      accumulate=1,
+      average=0.0,
+    )
+    generator = np.random.default_rng(0)
+    images = devices.put(
+      {
+        "image": generator.integers(0, 256, (batch, size, size, 3), np.uint8),
+        "row": np.arange(batch, dtype=np.int32),
+        "label": generator.integers(0, 1000, batch).astype(np.int32),
+        "mask": np.ones(batch, bool),
+      }
+    )
+    graph, _, _ = steps.take_apart(model)
+    step = devices.compile_step(steps.make_step(graph, recipe))
+    state = [devices.replicate(steps.first_state(model, recipe, 0))]
+
+    def call() -> jax.Array:
+      state[0], metrics = step(state[0], images)
+      return metrics["loss"]
+
+    self.call = call
+    start = time.perf_counter()
+    jax.block_until_ready(self.call())
+    seconds = time.perf_counter() - start
     jax.block_until_ready(self.call())
     return {OURS: seconds}
 
@@ -110,7 +177,9 @@ class Torch:
   def versions(self) -> str:
     return versions("torch", "torchvision")
 
-  def load(self, name: str, batch: int, size: int, dtype: str) -> dict:
+  def load(
+    self, name: str, batch: int, size: int, dtype: str, train: bool
+  ) -> dict:
     import torch
     import torchvision
 
@@ -120,13 +189,36 @@ class Torch:
       "memory_format": torch.channels_last,
     }
     torch._dynamo.reset()
-    network = torchvision.models.get_model(name, weights=None).eval()
-    network = network.to(**where)
+    network = torchvision.models.get_model(name, weights=None).train(train)
     images = torch.randn(batch, 3, size, size).to(**where)
+    self.train = train
+    if train:
+      # The parameters stay float32, as ours do.
+      network = network.to(where["device"], memory_format=torch.channels_last)
+      labels = torch.randint(0, 1000, (batch,), device=where["device"])
+      optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
+      mixed = torch.autocast(
+        where["device"], torch.bfloat16, enabled=dtype == "bfloat16"
+      )
+
+      def step(forward: Callable) -> object:
+        with mixed:
+          loss = torch.nn.functional.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss
+
+    else:
+      network = network.to(**where)
+
+      def step(forward: Callable) -> object:
+        return forward(images)
+
     compiled = torch.compile(network)
     self.calls = {
-      EAGER: lambda: network(images),
-      COMPILED: lambda: compiled(images),
+      EAGER: lambda: step(network),
+      COMPILED: lambda: step(compiled),
     }
     seconds = {}
     for side in self.calls:
@@ -143,7 +235,7 @@ class Torch:
       if self.gpu:
         torch.cuda.synchronize()
 
-    with torch.inference_mode():
+    with torch.inference_mode(not self.train):
       wait(None)
       return timed(self.calls[side], wait, repeats)
 
@@ -178,8 +270,8 @@ class Server:
   def versions(self) -> str:
     return self.ask("versions")
 
-  def load(self, name: str, batch: int, size: int, dtype: str) -> dict:
-    return self.ask("load", name, batch, size, dtype)
+  def load(self, *case: object) -> dict:
+    return self.ask("load", *case)
 
   def time(self, side: str, repeats: int) -> dict[str, float]:
     return self.ask("time", side, repeats)
@@ -264,6 +356,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, help="16 on a CPU, 256 on a GPU")
   parser.add_argument("--size", type=int, default=224, help="pixels")
   parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+  parser.add_argument("--train", action="store_true", help="a whole step")
   parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument("--seconds", type=float, default=2, help="of one turn")
   parser.add_argument("--torch-python", help="an interpreter that has torch")
@@ -278,7 +371,8 @@ def main() -> None:
   batch = flags.batch or (256 if ours.gpu else 16)
   dtype = flags.dtype or ("bfloat16" if ours.gpu else "float32")
   print(
-    f"{machine(ours)}; {dtype}, batch {batch}, {flags.size} px,"
+    f"{machine(ours)}; {'training, ' if flags.train else ''}{dtype},"
+    f" batch {batch}, {flags.size} px,"
     f" {flags.rounds} rounds of {flags.seconds:g} s each;"
     f" Python {platform.python_version()}, {ours.versions()}"
     + (f", {server.versions()}" if server else "")
@@ -289,7 +383,7 @@ def main() -> None:
   )
   print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
   for name in flags.networks.split(","):
-    case = (name, batch, flags.size, dtype)
+    case = (name, batch, flags.size, dtype, flags.train)
     sides = {OURS: ours}
     first = ours.load(*case)
     if server:

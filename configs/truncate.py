@@ -12,10 +12,12 @@ work. A laptop wants fewer and shorter trainings: `--config.seeds=1
 --config.epochs=20 --config.methods=ttl --config.small=`.
 """
 
+import ml_collections
+
 from jaxtransfer import configuration
 
 
-def get_config(network: str = "resnet50"):
+def get_config(network: str = "resnet50") -> ml_collections.ConfigDict:
   """Returns the job's config; the argument is the network's name."""
   config = configuration.shared("truncate", network)
   configuration.training(config)

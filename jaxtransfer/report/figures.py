@@ -598,7 +598,7 @@ def _name_points(
         bbox={"color": "white", "alpha": 0.75, "pad": 0.5, "linewidth": 0},
       )
       text.set_in_layout(False)
-      box = text.get_window_extent(renderer)
+      box = text.get_window_extent(renderer).padded(2 * scale, 0)
       held = inside.x0 <= box.x0 and box.x1 <= inside.x1
       held &= inside.y0 <= box.y0 and box.y1 <= inside.y1
       if held and not any(box.overlaps(other) for other in taken):

@@ -531,10 +531,11 @@ def _report(
   groups = data.examples.groups
   counts = {split: len(of_split) for split, of_split in data.rows.items()}
   cuts = sorted(
-    {s.cut for s in search if s.method == "ttl"},
+    {s.cut for s in search},
     key=lambda cut: layers[cut].macs,
   )
-  repeats = f"{config.folds} folds" if config.folds else f"{plan.repeats} seeds"
+  kind = "fold" if config.folds else "seed"
+  repeats = f"{plan.repeats} {kind}{'s' * (plan.repeats > 1)}"
   units_of_test = "images" if groups is None else "groups"
   return {
     "job": "truncate",
@@ -542,9 +543,11 @@ def _report(
     "summary": {
       "sentence": _sentence(bench, table),
       "rule": (
-        f"Of the cuts whose mean validation {config.metric} is within"
+        "Of the cuts whose mean validation"
+        f" {tables.metric_name(config.metric)} is within"
         f" {config.tolerance:g} of the best, the shallowest; every training"
-        f" keeps its best epoch by validation {config.epoch_metric}. The test"
+        " keeps its best epoch by validation"
+        f" {tables.metric_name(config.epoch_metric)}. The test"
         " split was read once, after everything was chosen."
       ),
       "cut": final.cut,
@@ -695,8 +698,7 @@ def _export(bench: "_Bench", row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
 def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
   plan, metric = bench.plan, bench.config.metric
   chosen = next(row for row in table if row["chosen"])
-  word = metric.upper() if metric in scoring.RANKING else metric
-  word = word.replace("_", " ")
+  word = tables.metric_name(metric)
 
   def said(row: Mapping[str, Any]) -> str:
     score = row["test"][metric]

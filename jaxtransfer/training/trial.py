@@ -407,7 +407,12 @@ def evaluate(
     "temperature": temperature,
     "rows": rows,
     "confusion": confusion,
-    "curves": curves.curves(loss.targets[labels["test"]], test_logits, weights),
+    "curves": curves.curves(
+      loss.targets[labels["test"]],
+      test_logits,
+      weights,
+      many_labels=loss.many,
+    ),
     "reliability": {
       "before": _reliability(*of_decisions),
       "after": _reliability(of_decisions[0], of_decisions[1] / temperature),

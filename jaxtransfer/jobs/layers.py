@@ -110,6 +110,11 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   # After the images, because it may download.
   source = loading.resolve_weights(plan.network, config.network.weights)
+  if source.slim_after:
+    raise errors.UsageError(
+      f"{source.path} holds layers of half the width after"
+      f" {source.slim_after}; this job compares networks of the usual widths"
+    )
   networks = _networks(config, plan, source)
   label = next(iter(networks))
   devices = parallel.Devices(config.parallel)

@@ -692,7 +692,11 @@ def _export(bench: "_Bench", row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
     bench.path / "export" / "model.safetensors",
     bench.source.card() | trial.card(bench.config, data, evaluated),
   )
-  return {"seed": best.repeat, "cut": best.cut, "val": max(values)}, evaluated
+  return {
+    "seed": best.repeat,
+    "cut": best.cut,
+    "val": files.finite(float(np.nanmax(values))),
+  }, evaluated
 
 
 def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
@@ -941,6 +945,10 @@ class _Bench:
     try:
       fitted = training.fit(directory, journal, stop_after)
     except (errors.DivergedError, jax.errors.JaxRuntimeError) as e:
+      if "RESOURCE_EXHAUSTED" not in str(e) and not isinstance(
+        e, errors.DivergedError
+      ):
+        raise
       reason = str(e).splitlines()[0][:300]
       print(f"{unit.name} failed: {reason}", flush=True)
       files.write_json(directory / "failed.json", {"reason": reason})
@@ -1044,7 +1052,8 @@ class _Bench:
       _, params, statistics = steps.take_apart(network)
       _save(path, training.predict((params, statistics), [split]))
       files.write_json(
-        path.with_name(f"{split}_failures.json"), training.failures
+        path.with_name(f"{split}_failures.json"),
+        {"failures": training.failures},
       )
     with np.load(path, allow_pickle=False) as stored:
       return stored["rows"], stored["logits"]

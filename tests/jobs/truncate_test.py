@@ -1,9 +1,11 @@
 """The search for a cut, whole, on small images and the smallest network."""
 
 import collections
+import csv
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -215,6 +217,33 @@ def test_a_failed_training_is_reported_and_the_rest_go_on(source, tmp_path):
   stopped = {one["cut"]: one["stopped"] for one in summary["search"]}
   assert stopped["block2"] == "1 of 1 trainings failed"
   assert stopped["block1"] is None and summary["cut"] != "block2"
+
+
+def test_unreadable_images_are_listed_whatever_split_they_are_in(
+  source, tmp_path
+):
+  """Seven broken files of eighty: each is named once, and the run ends with 1."""
+  rows = list(csv.DictReader(source.open()))
+  for i, row in enumerate(rows):
+    row["path"] = str(source.parent / row["path"])
+    if i % 13 == 0:
+      row["path"] = str(tmp_path / f"broken{i}.png")
+      (tmp_path / f"broken{i}.png").write_text("no image")
+  with open(tmp_path / "manifest.csv", "w", newline="") as f:
+    writer = csv.DictWriter(f, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  config = _config(
+    tmp_path / "manifest.csv",
+    methods="ttl",
+    seeds=1,
+    taps="block1",
+    **{"data.max_failures": 0.5},
+  )
+  assert _run(config, tmp_path / "run") == 1
+  listed = list(csv.reader((tmp_path / "run" / "failures.csv").open()))[1:]
+  names = sorted(pathlib.Path(line[0]).name for line in listed)
+  assert names == sorted(f"broken{i}.png" for i in range(0, 80, 13))
 
 
 def test_a_diverged_training_fails_alone(source, tmp_path):

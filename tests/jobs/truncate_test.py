@@ -222,7 +222,7 @@ def test_a_failed_training_is_reported_and_the_rest_go_on(source, tmp_path):
 def test_unreadable_images_are_listed_whatever_split_they_are_in(
   source, tmp_path
 ):
-  """Seven broken files of eighty: each is named once, and the run ends with 1."""
+  """Seven broken files of eighty: each is named once, and it ends with 1."""
   rows = list(csv.DictReader(source.open()))
   for i, row in enumerate(rows):
     row["path"] = str(source.parent / row["path"])

@@ -324,14 +324,7 @@ def divide(
       config.data.split_fractions,
       config.seed,
     )
-    if config.data.few_shot:
-      divided["train"] = few_shot(
-        divided["train"],
-        examples.labels,
-        examples.groups,
-        config.data.few_shot,
-        config.seed,
-      )
+    _keep_few(config, examples, divided)
   return divided, _check_usable(config, examples, divided, every_class)
 
 
@@ -368,19 +361,28 @@ def divide_folds(
       "val": np.flatnonzero(val),
       "test": np.flatnonzero(fold == i),
     }
-    if config.data.few_shot:
-      divided["train"] = few_shot(
-        divided["train"],
-        examples.labels,
-        examples.groups,
-        config.data.few_shot,
-        config.seed,
-      )
+    _keep_few(config, examples, divided)
     notes |= dict.fromkeys(
       _check_usable(config, examples, divided, every_class)
     )
     divisions.append(divided)
   return divisions, list(notes)
+
+
+def _keep_few(
+  config: ml_collections.ConfigDict,
+  examples: Examples,
+  divided: dict[str, np.ndarray],
+) -> None:
+  """Leaves `config.data.few_shot` training rows of each class, in place."""
+  if config.data.few_shot:
+    divided["train"] = few_shot(
+      divided["train"],
+      examples.labels,
+      examples.groups,
+      config.data.few_shot,
+      config.seed,
+    )
 
 
 def _check_usable(

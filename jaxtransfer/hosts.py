@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jaxtransfer import errors
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+INTERRUPTED = 130
 PREEMPTED = 143
 # The first process may still write the report when the others have done.
 _PATIENCE = 3600
@@ -54,6 +55,11 @@ class One:
       code: exit code.
     """
     print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
+    if code in (INTERRUPTED, PREEMPTED):
+      # Everything is closed by now but XLA's threads, which may be compiling:
+      # to take the interpreter down under them can crash it.
+      sys.stdout.flush()
+      os._exit(code)
     sys.exit(code)
 
   def crash(self, error: Exception) -> NoReturn:

@@ -30,7 +30,6 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 USAGE = 2
-INTERRUPTED = 130
 # Jobs that several processes of one run train together.
 JOINED = ("finetune",)
 # Jobs whose work is divided among all runs with the same workdir.
@@ -44,7 +43,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
       raise errors.UsageError(f"unknown argument {rest[1]!r}")
     for flag in (_CONFIG, _WORKDIR):
-      if flag.value is None:
+      if flag.value in (None, ""):
         raise errors.UsageError(f"--{flag.name} is missing")
     # A config file that could not be loaded says so when it is first used.
     configuration.job_module(_CONFIG.value.job)
@@ -61,6 +60,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except (flags.Error, OSError, TypeError, ValueError) as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     message = lines[-1].removeprefix("jaxtransfer.errors.UsageError: ")
+    if isinstance(e, FileNotFoundError):
+      message += "; the configs are in configs/ of the clone"
     hosts.One().end(message, USAGE)
 
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
   except OSError as e:
     processes.end(f"{e.filename or _WORKDIR.value}: {e.strerror or e}", 1)
   except KeyboardInterrupt:
-    processes.end("interrupted; the same command resumes", INTERRUPTED)
+    processes.end("interrupted; the same command resumes", hosts.INTERRUPTED)
   except SystemExit as e:
     if e.code != hosts.PREEMPTED:
       raise

@@ -179,6 +179,8 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       f"{stored} is not a config this program wrote; choose another --workdir"
     ) from None
   old, new = dict(_flat(before)), dict(_flat(config))
+  if old.get("job") != new.get("job"):
+    old, new = {"job": old.get("job")}, {"job": new.get("job")}
   differences = [
     f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
     for key in sorted(old.keys() | new.keys())

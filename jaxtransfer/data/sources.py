@@ -25,6 +25,8 @@ from jaxtransfer.errors import UsageError
 COLUMNS = ("path", "label", "group", "split", "slide", "task")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 # How folders and TFDS name the three splits; a manifest says train, val, test.
+# Paths that start elsewhere are seen in a few images as well as in all.
+_LOOKED_AT = 100
 _SPLIT_NAMES = {
   "train": "train",
   "val": "val",
@@ -219,6 +221,12 @@ def _open_manifest(path: pathlib.Path, max_pixels: int) -> Examples:
       group or f"ungrouped:{name}"
       for group, name in zip(groups, names, strict=True)
     ]
+  some = names[:_LOOKED_AT]
+  if not any((path.parent / name).exists() for name in some):
+    raise UsageError(
+      f"{path}: none of the first {len(some)} images is there; paths start in"
+      f" the manifest's folder: {path.parent / some[0]}"
+    )
   classes, labels = _index(columns["label"])
   return _Files(
     path.parent,

@@ -74,6 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       config.data.image_size if config.network.head == "flatten" else None
     ),
   )
+  network.check_size(config.data.image_size)
   training = trial.Trial(
     config,
     data,
@@ -98,6 +99,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {training.steps:,} steps on {devices}",
     flush=True,
   )
+  for note in data.notes:
+    print(note, flush=True)
 
   started = time.monotonic()
   fitted = training.fit(workdir.path, workdir)

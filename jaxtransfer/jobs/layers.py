@@ -117,6 +117,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     )
   networks = _networks(config, plan, source)
   label = next(iter(networks))
+  networks[label].check_size(config.data.image_size)
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))
   splitting.save_splits(workdir.path / "splits.json", divided, examples.names)
@@ -128,6 +129,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {len(plan.taps)} taps on {devices}",
     flush=True,
   )
+  for note in [*examples.notes, *notes]:
+    print(note, flush=True)
 
   started = time.monotonic()
   images = features.Images(
@@ -495,7 +498,7 @@ def _results(
         costs,
       ),
       "rule": (
-        gain.rule(config.tolerance, _in_words(metric))
+        gain.rule(config.tolerance, tables.metric_name(metric))
         + " The best tap and the interval come from the validation split."
       ),
       "cut": plan.taps[cut.index],
@@ -560,7 +563,7 @@ def _sentence(
 ) -> str:
   """Says in words where to cut, what it costs and what pretraining gave."""
   here, full = costs[cut.index], costs[-1]
-  metric = _in_words(plan.metrics[0])
+  metric = tables.metric_name(plan.metrics[0])
   tap, deepest = plan.taps[cut.index], plan.taps[-1]
   score = f"{scores[cut.index]:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
   low, high = gains[1][cut.index]
@@ -572,14 +575,11 @@ def _sentence(
     return f"Keep all layers up to {tap}: {score} {metric}. {worth}"
   return (
     f"Cut after {tap}: {score} {metric} against {scores[-1]:.3f} at {deepest},"
-    f" with {100 * here['params'] / full['params']:.0f} % of the parameters and"
+    " the deepest, with"
+    f" {tables.percent(here['params'], full['params'])} of the parameters and"
     f" {here['images_per_second'] / full['images_per_second']:.1f}x the speed."
     f" {worth}"
   )
-
-
-def _in_words(metric: str) -> str:
-  return metric.upper() if metric.startswith("au") else metric.replace("_", " ")
 
 
 def _print(results: Mapping[str, Any]) -> None:

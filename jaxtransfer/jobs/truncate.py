@@ -59,6 +59,7 @@ class Plan:
 
   Attributes:
     network: the zoo's name.
+    until: where what is called the whole network ends; None for its end.
     blocks: cuts of the first stage, in the network's order; the last is the
       whole network.
     layers: every layer of the network.
@@ -69,6 +70,7 @@ class Plan:
   """
 
   network: str
+  until: str | None
   blocks: tuple[str, ...]
   layers: tuple[str, ...]
   methods: tuple[str, ...]
@@ -159,7 +161,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   bench = _Bench(config, plan, devices, data, source, workdir.path)
   # A batch that is too large or weights that do not fit are said now.
   first = Unit("ttl", plan.whole, bench.began_with, 0)
-  bench.training(first, bench.network(first))
+  network = bench.network(first)
+  network.check_size(config.data.image_size)
+  bench.training(first, network)
   begun = workdir.begin(str(devices))
   _save_splits(workdir.path / "splits.json", data)
   counts = {name: len(rows) for name, rows in data[0].rows.items()}
@@ -170,6 +174,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
+  for note in data[0].notes:
+    print(note, flush=True)
   search = _search(bench)
   rows = _rows(bench, search)
   bench.settle([unit for row in rows for unit in row.units])
@@ -208,21 +214,16 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     raise errors.UsageError(
       "config.folds needs one label for each image; use config.seeds"
     )
-  if config.network.until:
-    raise errors.UsageError(
-      "config.network.until is for the other jobs; this one looks for it: give"
-      " config.taps to restrict the cuts"
-    )
-  name = config.network.name
-  blocks = zoo.select_taps(name, config.taps)
+  name, until = config.network.name, config.network.until or None
+  blocks = zoo.select_taps(name, config.taps, until)
   if config.taps == "blocks":
     # As Peng et al. cut: after a ResNet's stages and a DenseNet's transitions.
     ends = ("layer", "transition", "norm", "block")
     blocks = tuple(tap for tap in blocks if tap.startswith(ends))
-  layers = zoo.build(name).layer_names
-  resolve = zoo.build(name).resolve
-  if resolve(blocks[-1]) != layers[-1]:
-    blocks = (*blocks, zoo.select_taps(name, "blocks")[-1])
+  whole = zoo.build(name, until=until)
+  layers = whole.layer_names
+  if not blocks or whole.resolve(blocks[-1]) != layers[-1]:
+    blocks = (*blocks, until or zoo.select_taps(name, "blocks")[-1])
   methods = _listed("methods", config.methods, METHODS)
   if "ttl" not in methods:
     raise errors.UsageError(
@@ -232,6 +233,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   small = tuple(n for n in zoo.list_models() if zoo.family(n) == "cbr")
   return Plan(
     network=name,
+    until=until,
     blocks=blocks,
     layers=layers,
     methods=tuple(m for m in METHODS if m in methods),
@@ -727,7 +729,8 @@ def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
     text = (
       f"Cut {plan.network} after {chosen['cut']}: fine-tuned, it gives"
       f" {said(chosen)} against {said(whole)} for the whole network, with"
-      f" {100 * chosen['params'] / whole['params']:.0f} % of the parameters and"
+      f" {tables.percent(chosen['params'], whole['params'])} of the parameters"
+      " and"
       f" {chosen['images_per_second'] / whole['images_per_second']:.1f}x the"
       " speed"
     )
@@ -874,8 +877,9 @@ class _Bench:
       ),
       "weights": self.source if unit.weights == PRETRAINED else self.random,
     }
-    if unit.method in ("ttl", "fat") and not whole:
-      settings["until"] = unit.cut
+    if unit.method in METHODS:
+      cuts = unit.method in ("ttl", "fat") and not whole
+      settings["until"] = unit.cut if cuts else self.plan.until
     if unit.method == "tf":
       settings["slim_after"] = unit.cut
     name = self.plan.network if unit.method in METHODS else unit.method

@@ -133,6 +133,17 @@ class Network(nnx.Module):
         missing.remove(name)
     return {tap: outputs[name] for tap, name in wanted.items()}
 
+  def check_size(self, side: int) -> None:
+    """Follows the shapes of an image through the network, without computing.
+
+    Args:
+      side: of the image, pixels.
+
+    Raises:
+      UsageError: the image is too small.
+    """
+    jax.eval_shape(self, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+
   def _map_size(self, side: int) -> tuple[int, int]:
     size = (side, side)
     for layer in self.layers:

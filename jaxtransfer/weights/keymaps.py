@@ -82,6 +82,11 @@ _LAYOUTS = {
 }
 
 
+_LAYER = re.compile(
+  r"layer\d+\.\d+|denseblock\d+\.denselayer\d+|transition\d+|block\d+"
+)
+
+
 def to_torchvision(
   names: Shapes,
   *,
@@ -151,8 +156,21 @@ def to_torchvision(
     if listed
   ]
   if problems:
-    raise errors.UsageError(f"does not fit {network}: {'; '.join(problems)}")
+    raise errors.UsageError(
+      f"does not fit {network}: {'; '.join(problems)}{_ends_at(wanted, found)}"
+    )
   return kept
+
+
+def _ends_at(wanted: Shapes, found: Mapping[str, str]) -> str:
+  """Returns where a cut network's tensors end, nothing for another problem."""
+  there = [name in found for name in wanted]
+  if not any(there) or not all(there[: sum(there)]) or all(there):
+    return ""
+  last = _LAYER.search(list(wanted)[sum(there) - 1])
+  if last is None:
+    return ""
+  return f"; it ends at {last[0]}: give until={last[0]} to use what is there"
 
 
 def _is_beside(name: str, prefix: str) -> bool:

@@ -67,6 +67,7 @@ def test_a_manifest_gives_what_it_says(tmp_path):
 
 def test_a_spreadsheet_s_manifest_is_read(tmp_path):
   """Byte-order mark, CRLF, capitals, spaces and an empty column."""
+  _image(tmp_path / "a.png", 5)
   path = _manifest(
     tmp_path,
     "Path , Label,group,stain\r\na.png,é,,HE\r\nb.png,x,,HE\r\n",
@@ -108,7 +109,16 @@ def test_a_manifest_that_is_no_utf_8_is_refused(tmp_path):
     _open(path)
 
 
+def test_a_manifest_whose_images_are_elsewhere_says_where_it_looked(tmp_path):
+  path = _manifest(tmp_path, "path,label\ntiles/a.png,x\ntiles/b.png,y\n")
+  with pytest.raises(UsageError, match=f"none .* 2 .*{tmp_path}/tiles/a.png"):
+    _open(path)
+  _image(tmp_path / "tiles" / "b.png", 5)
+  assert _open(path).names == ["tiles/a.png", "tiles/b.png"]
+
+
 def test_one_image_may_serve_several_tasks(tmp_path):
+  _image(tmp_path / "a.png", 5)
   path = _manifest(tmp_path, "path,label,task\na.png,x,grade\na.png,y,stage\n")
   assert _open(path).tasks == ["grade", "stage"]
 
@@ -204,6 +214,7 @@ def test_many_rows_and_classes(tmp_path):
   """300,000 rows of 10,000 classes: nothing about them is quadratic."""
   rows = (f"{i}.png,c{i % 10_000:05d},p{i // 30}" for i in range(300_000))
   path = _manifest(tmp_path, "path,label,group\n" + "\n".join(rows))
+  _image(tmp_path / "0.png", 5)
   examples = _open(path)
   assert len(examples) == 300_000 and len(examples.classes) == 10_000
   assert examples.classes[examples.labels[123_456]] == "c03456"

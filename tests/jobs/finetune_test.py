@@ -296,6 +296,14 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
     ({"batch_norm": "group"}, "config.batch_norm"),
     ({"optimiser.name": "lion"}, "config.optimiser.name"),
     ({"augment.crop": 0.0}, "config.augment.crop"),
+    (
+      {
+        "network.name": "densenet121",
+        "network.until": "transition3",
+        "data.image_size": 9,
+      },
+      "29 x 29",
+    ),
     ({"loss.label_smoothing": 1.0}, "config.loss.label_smoothing"),
     ({"checkpoint_steps": 0}, "config.checkpoint_steps"),
     ({"data.split_fractions": (0.8, 0.2, 0.0)}, "the test split of"),

@@ -316,6 +316,26 @@ def test_the_second_stage_looks_around_the_best_block():
   assert around == [f"denseblock2.denselayer{i}" for i in range(1, 13)]
 
 
+def test_the_whole_network_may_end_earlier(source):
+  """With weights that end at layer3, that is what is called whole."""
+  config = _config(
+    source, "resnet18", taps="blocks", **{"network.until": "layer3"}
+  )
+  plan = truncate.make_plan(config)
+  assert plan.blocks == ("layer1", "layer2", "layer3")
+  assert plan.around("ttl", "layer3", 1) == ["layer3.0"]
+  config.network.weights = "cifar10-resnet18"
+  data = truncate._open(config, plan, source.parent / "none.json")
+  weights = loading.resolve_weights("resnet18", config.network.weights)
+  bench = truncate._Bench(
+    config, plan, truncate.parallel.Devices(), data, weights, source.parent
+  )
+  for method in ("ttl", "lwft", "tf"):
+    (unit, _) = bench.units(method, "layer2")
+    last = bench.network(unit).layer_names[-1]
+    assert last == ("layer2.1" if method == "ttl" else "layer3.1")
+
+
 def test_methods_train_what_they_say(source):
   """Frozen layers and half widths, counted on ResNet-18."""
   config = _config(
@@ -353,7 +373,7 @@ def test_methods_train_what_they_say(source):
     ({"metric": "loss"}, "config.metric"),
     ({"folds": 2}, "config.folds"),
     ({"halving": -1}, "config.halving"),
-    ({"network.until": "block1"}, "config.taps"),
+    ({"network.until": "block1"}, "block2"),
     ({"taps": "block9"}, "block9"),
   ],
 )

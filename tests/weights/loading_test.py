@@ -354,3 +354,9 @@ def test_embedded_weights_are_the_whole_networks(shared):
   for name, value in exact.items():
     rounded = value.astype(np.float16) if value.ndim == 4 else value
     np.testing.assert_array_equal(kept[name], rounded.astype(np.float32))
+
+
+def test_weights_of_a_cut_network_say_where_they_end():
+  """The network in the package ends at layer3."""
+  with pytest.raises(errors.UsageError, match="until=layer3.1"):
+    loading.create_model("resnet18", weights="cifar10-resnet18")

@@ -58,6 +58,7 @@ class Jax:
     from jaxtransfer import parallel
 
     # As the launcher does.
+    parallel.keep_memory()
     parallel.use_processors(batch)
     self.device = jax.devices()[0]
     self.gpu = self.device.platform == "gpu"

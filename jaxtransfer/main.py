@@ -103,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
       print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
       job = importlib.import_module(module)
       parallel = importlib.import_module("jaxtransfer.parallel")
+      parallel.keep_memory()
       parallel.cache_programs()
       if not _DISTRIBUTED.value:
         together = config.batch_size // config.get("accumulate", 1)

@@ -37,16 +37,13 @@ def conv2d(
   """
   size = kernel_HWIO.shape[0]
   if size == 1 and groups == 1:
-    x_NHWC = x_NHWC[:, ::stride, ::stride]
-    return jnp.einsum(
-      "nhwi,io->nhwo", x_NHWC, kernel_HWIO[0, 0], precision=precision
+    return _multiply(
+      x_NHWC[:, ::stride, ::stride], kernel_HWIO[0, 0], precision
     )
   if groups == 1 and min(x_NHWC.shape[1:3]) <= 2:
     # Where most of the kernel lies on the border, XLA's CPU convolution takes
     # up to 70 times as long; elsewhere this is a product like any other.
     return _convolve_patches(x_NHWC, kernel_HWIO, stride, precision)
-  if groups == 1 and not _tiles_pay(x_NHWC, kernel_HWIO, stride):
-    return _convolve(x_NHWC, kernel_HWIO, stride, groups, precision)
   return _conv2d(x_NHWC, kernel_HWIO, stride, groups, precision)
 
 
@@ -62,9 +59,11 @@ def _conv2d(
     return _convolve(x, kernel, stride, groups, precision)
 
   def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    if groups == 1:
+    if groups > 1:
+      return _convolve_groups(x, kernel, stride, groups, precision)
+    if _tiles_pay(x, kernel, stride):
       return _convolve_tiles(x, kernel, precision)
-    return _convolve_groups(x, kernel, stride, groups, precision)
+    return native(x, kernel)
 
   return lax.platform_dependent(x_NHWC, kernel_HWIO, cpu=cpu, default=native)
 
@@ -82,12 +81,12 @@ def _conv2d_backward(
   operands: tuple[jax.Array, jax.Array],
   dy_NHWC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
+  def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _convolve(x, kernel, stride, groups, precision)
+
   def native(
     x: jax.Array, kernel: jax.Array, dy: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      return _convolve(x, kernel, stride, groups, precision)
-
     return jax.vjp(convolve, x, kernel)[1](dy)
 
   def cpu(
@@ -95,16 +94,22 @@ def _conv2d_backward(
   ) -> tuple[jax.Array, jax.Array]:
     if groups > 1:
 
-      def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+      def convolve_groups(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _convolve_groups(x, kernel, stride, groups, precision)
 
-      return jax.vjp(convolve, x, kernel)[1](dy)
-    dx, dkernel = native(x, kernel, dy)
+      return jax.vjp(convolve_groups, x, kernel)[1](dy)
     turned_HWIO = kernel[::-1, ::-1].swapaxes(2, 3)
-    # The kernel's own gradient is a sum over pixels, which tiles only slow.
     if _tiles_pay(dy, turned_HWIO, stride):
       dx = _convolve_tiles(dy, turned_HWIO, precision)
-    return dx, dkernel
+    elif _few_pixels(*dy.shape[1:]):
+      # XLA's would first turn the kernel around in memory.
+      def convolve_patches(x: jax.Array) -> jax.Array:
+        return _convolve_patches(x, kernel, stride, precision)
+
+      dx = jax.vjp(convolve_patches, x)[1](dy)[0]
+    else:
+      dx = jax.vjp(lambda x: convolve(x, kernel), x)[1](dy)[0]
+    return dx, _kernel_gradient(x, dy, kernel.shape[0], stride, precision)
 
   return lax.platform_dependent(*operands, dy_NHWC, cpu=cpu, default=native)
 
@@ -133,6 +138,113 @@ def _convolve(
   )
 
 
+def _flat(x_NHWC: jax.Array) -> jax.Array:
+  """Returns the pixels of all images, (N H W, C)."""
+  return x_NHWC.reshape(-1, x_NHWC.shape[-1])
+
+
+def _multiply(
+  x_NHWC: jax.Array, kernel_IO: jax.Array, precision: lax.Precision | None
+) -> jax.Array:
+  """One product for every pixel, (N, H, W, channels out).
+
+  Flat: of a product that sums over three axes, as the kernel's gradient would,
+  XLA's CPU compiler first turns both sides around in memory.
+  """
+  y = jnp.matmul(_flat(x_NHWC), kernel_IO, precision=precision)
+  return y.reshape(*x_NHWC.shape[:3], -1)
+
+
+# A matrix of patches beyond it does not stay in a processor's cache.
+_MOST_PATCHES = 2**21
+
+
+def _kernel_gradient(
+  x_NHWC: jax.Array,
+  dy_NHWC: jax.Array,
+  size: int,
+  stride: int,
+  precision: lax.Precision | None,
+) -> jax.Array:
+  """The kernel's gradient as one product of laid out patches, on CPU.
+
+  XLA's own, a convolution with a kernel as large as the image, takes twice as
+  long. The images are taken in parts, so that the patches stay in cache.
+
+  Args:
+    x_NHWC: the convolution's input.
+    dy_NHWC: the gradient of its output.
+    size: side of the kernel.
+    stride: of the convolution.
+    precision: of the products.
+
+  Returns:
+    (size, size, C, channels out).
+  """
+  height, width = dy_NHWC.shape[1:3]
+  half = size // 2
+  # Shifted by columns in the input and by rows in the output, the patches are
+  # a third as wide; but rows of zeros are multiplied too.
+  both = stride == 1 and height >= 4 * size
+
+  def patches(
+    array_NHWC: jax.Array, rows: int, columns: int, high: int
+  ) -> jax.Array:
+    return jnp.concatenate(
+      [
+        array_NHWC[
+          :,
+          i : i + stride * (high - 1) + 1 : stride,
+          j : j + stride * (width - 1) + 1 : stride,
+        ]
+        for i in range(rows)
+        for j in range(columns)
+      ],
+      axis=-1,
+    )
+
+  def gradient(x_NHWC: jax.Array, dy_NHWC: jax.Array) -> jax.Array:
+    border = half + stride - 1
+    x_NHWC = jnp.pad(x_NHWC, ((0, 0), (half, border), (half, border), (0, 0)))
+    if both:
+      left = patches(x_NHWC, 1, size, height + 2 * half)
+      dy_NHWC = jnp.pad(dy_NHWC, ((0, 0), (2 * half, 2 * half), (0, 0), (0, 0)))
+      right = patches(dy_NHWC, size, 1, height + 2 * half)
+    else:
+      left, right = patches(x_NHWC, size, size, height), dy_NHWC
+    return jnp.matmul(_flat(left).T, _flat(right), precision=precision)
+
+  batch, channels_in = x_NHWC.shape[0], x_NHWC.shape[-1]
+  channels_out = dy_NHWC.shape[-1]
+  per_image = (
+    height
+    * width
+    * size
+    * (channels_in + channels_out if both else size * channels_in)
+  )
+  parts = next(
+    n
+    for n in range(1, batch + 1)
+    if batch % n == 0
+    and (n == batch or batch // n * per_image <= _MOST_PATCHES)
+  )
+  if parts == 1:
+    total = gradient(x_NHWC, dy_NHWC)
+  else:
+    xs, dys = (a.reshape(parts, -1, *a.shape[1:]) for a in (x_NHWC, dy_NHWC))
+    total = lax.fori_loop(
+      1,
+      parts,
+      lambda i, total: total + gradient(xs[i], dys[i]),
+      gradient(xs[0], dys[0]),
+    )
+  if both:
+    # The first of the output's shifts meets the kernel's last row.
+    total = total.reshape(size, channels_in, size, channels_out)
+    return total.transpose(2, 0, 1, 3)[::-1]
+  return total.reshape(size, size, channels_in, channels_out)
+
+
 def _convolve_patches(
   x_NHWC: jax.Array,
   kernel_HWIO: jax.Array,
@@ -153,7 +265,7 @@ def _convolve_patches(
     axis=-1,
   )
   kernel = kernel_HWIO.reshape(size * size * channels_in, channels_out)
-  return jnp.einsum("nhwi,io->nhwo", patches, kernel, precision=precision)
+  return _multiply(patches, kernel, precision)
 
 
 def _toom_cook() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,13 +293,20 @@ def _toom_cook() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 _INPUT, _KERNEL, _OUTPUT = _toom_cook()
 
 
+def _few_pixels(height: int, width: int, channels_out: int) -> bool:
+  """Whether a 3x3 kernel outweighs the pixels that come out of it.
+
+  That is asked of sixteen images, however many there are: the rounding of one
+  image must not depend on how many share its device.
+  """
+  return 16 * height * width < 2 * channels_out
+
+
 def _tiles_pay(x_NHWC: jax.Array, kernel_HWIO: jax.Array, stride: int) -> bool:
   """Whether tiles of four rows beat XLA's convolution on CPU.
 
-  They do not where most of the last tile is empty, nor where there are so few
-  pixels that transforming the kernel, twice its size, costs more than it saves.
-  That is asked of sixteen images, however many there are: the rounding of one
-  image must not depend on how many share its device.
+  They do not where most of the last tile is empty, nor where transforming the
+  kernel, twice its size, costs more than it saves.
   """
   _, height, width, _ = x_NHWC.shape
   return (
@@ -195,7 +314,7 @@ def _tiles_pay(x_NHWC: jax.Array, kernel_HWIO: jax.Array, stride: int) -> bool:
     and stride == 1
     and x_NHWC.dtype == jnp.float32
     and 4 * height >= 3 * (height + -height % 4)
-    and 16 * height * width >= 2 * kernel_HWIO.shape[3]
+    and not _few_pixels(height, width, kernel_HWIO.shape[3])
   )
 
 

@@ -231,13 +231,8 @@ def _kernel_gradient(
   if parts == 1:
     total = gradient(x_NHWC, dy_NHWC)
   else:
-    xs, dys = (a.reshape(parts, -1, *a.shape[1:]) for a in (x_NHWC, dy_NHWC))
-    total = lax.fori_loop(
-      1,
-      parts,
-      lambda i, total: total + gradient(xs[i], dys[i]),
-      gradient(xs[0], dys[0]),
-    )
+    images = (a.reshape(parts, -1, *a.shape[1:]) for a in (x_NHWC, dy_NHWC))
+    total = lax.map(lambda part: gradient(*part), tuple(images)).sum(0)
   if both:
     # The first of the output's shifts meets the kernel's last row.
     total = total.reshape(size, channels_in, size, channels_out)

@@ -1,5 +1,7 @@
 """What a user can do something about: one line each, and no traceback."""
 
+from collections.abc import Sequence
+
 
 class UsageError(ValueError):
   """A mistake found before any work: a bad flag, config, file or name.
@@ -15,6 +17,18 @@ class RunError(RuntimeError):
   What was computed before it stays on disk. `main` prints the message, one
   line, and exits with 1.
   """
+
+
+class UnreadableError(RunError):
+  """Too many images that cannot be read.
+
+  Attributes:
+    failures: (name, reason) of each; `main` writes them to failures.csv.
+  """
+
+  def __init__(self, message: str, failures: Sequence[tuple[str, str]]):
+    super().__init__(message)
+    self.failures = list(failures)
 
 
 class DivergedError(RunError):

@@ -5,6 +5,7 @@ jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/l1 \
 """
 
 import importlib
+import pathlib
 import re
 import shlex
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxtransfer import configuration, errors, hosts, workdir
+from jaxtransfer import configuration, errors, files, hosts, workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/ and, after a colon, a network's name."
@@ -77,6 +78,16 @@ def _join(job: str) -> hosts.Several:
   return processes
 
 
+def _write_failures(failures: Sequence[tuple[str, str]]) -> str:
+  """Lists the images that stopped a run, and returns where, in words."""
+  path = pathlib.Path(_WORKDIR.value) / "failures.csv"
+  try:
+    files.write_csv(path, ("name", "reason"), failures)
+  except OSError:
+    return ""
+  return f"; all are in {path}"
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
@@ -111,6 +122,9 @@ def main(argv: Sequence[str]) -> int:
       return job.run(config, claimed)
   except errors.UsageError as e:
     processes.end(str(e), USAGE)
+  except errors.UnreadableError as e:
+    written = _write_failures(e.failures) if processes.first else ""
+    processes.end(f"{e}{written}", 1)
   except errors.RunError as e:
     processes.end(str(e), 1)
   except OSError as e:

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.jobs import configs
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'layers.py'}:resnet18"
 
@@ -66,6 +68,29 @@ def test_a_workdir_that_cannot_be_made_is_a_mistake_in_the_flag(tmp_path):
   done = _run(CONFIG, f"--workdir={tmp_path / 'file'}")
   assert done.returncode == 2
   assert "--workdir" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_images_that_stop_a_run_are_all_listed(tmp_path):
+  """The user needs to find them all, not the first of them."""
+  manifest = configs.write_tiles(tmp_path, images=40)
+  for i in range(0, 40, 2):
+    (tmp_path / f"{i}.png").write_bytes(b"not an image")
+  done = _run(
+    f"--config={ROOT / 'configs' / 'finetune.py'}:resnet18",
+    f"--workdir={tmp_path / 'run'}",
+    f"--config.data={manifest}",
+    "--config.data.image_size=32",
+    "--config.network.weights=",
+    "--config.network.until=stem",
+    "--config.batch_size=8",
+    "--config.epochs=1",
+  )
+  path = tmp_path / "run" / "failures.csv"
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert str(path) in done.stderr.splitlines()[-1], done.stderr
+  name, *rows = path.read_text().splitlines()
+  assert name == "name,reason" and len(rows) > 5
+  assert all(int(row.split(".png")[0]) % 2 == 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxtransfer import files
+from jaxtransfer import errors, files
 from jaxtransfer.data import reading
 from jaxtransfer.data.sources import Examples
-from jaxtransfer.errors import RunError
 
 Failures = list[tuple[str, str]]
 
@@ -250,7 +249,7 @@ class _Processes:
     except (EOFError, OSError):
       if not self._closing:
         process.join(1)
-      raise RunError(
+      raise errors.RunError(
         f"a process of data.workers ended (exit code {process.exitcode};"
         " -9 is out of memory); use fewer, or 0"
       ) from None
@@ -381,13 +380,14 @@ def too_many(failures: Failures, total: int, limit: float) -> None:
     limit: the share that may fail, `config.data.max_failures`; 0 allows none.
 
   Raises:
-    RunError: more failed.
+    UnreadableError: more failed.
   """
   if len(failures) > limit * total:
     name, reason = failures[0]
-    raise RunError(
+    raise errors.UnreadableError(
       f"{len(failures)} of {total} images could not be read, more than"
-      f" data.max_failures = {limit:g}; the first: {name}: {reason}"
+      f" data.max_failures = {limit:g}; the first: {name}: {reason}",
+      failures,
     )
 
 

@@ -24,9 +24,9 @@ from jaxtransfer.errors import UsageError
 
 COLUMNS = ("path", "label", "group", "split", "slide", "task")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
-# How folders and TFDS name the three splits; a manifest says train, val, test.
 # Paths that start elsewhere are seen in a few images as well as in all.
 _LOOKED_AT = 100
+# How folders and TFDS name the three splits; a manifest says train, val, test.
 _SPLIT_NAMES = {
   "train": "train",
   "val": "val",

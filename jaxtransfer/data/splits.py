@@ -431,6 +431,20 @@ def _check_disjoint(
         )
 
 
+def counted(rows: Mapping[str, np.ndarray], classes: Sequence[str]) -> str:
+  """Returns how many images there are in all and of each split, in words.
+
+  Args:
+    rows: row indices of every split.
+    classes: their names.
+  """
+  counts = {split: len(of_split) for split, of_split in rows.items()}
+  return (
+    f"{sum(counts.values()):,} images of {len(classes):,} classes"
+    f" ({', '.join(f'{n:,} {split}' for split, n in counts.items())})"
+  )
+
+
 def save_splits(
   path: str | os.PathLike[str],
   splits: Mapping[str, np.ndarray],

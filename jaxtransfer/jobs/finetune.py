@@ -91,10 +91,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     splitting.save_splits(
       workdir.path / "splits.json", data.rows, data.examples.names
     )
-  counts = {name: len(rows) for name, rows in data.rows.items()}
   print(
-    f"{sum(counts.values()):,} images of {len(data.names):,} classes"
-    f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())});"
+    f"{splitting.counted(data.rows, data.names)};"
     f" {plan.network} to {plan.last} with {source.label} weights;"
     f" {training.steps:,} steps on {devices}",
     flush=True,

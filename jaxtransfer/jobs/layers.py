@@ -121,10 +121,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))
   splitting.save_splits(workdir.path / "splits.json", divided, examples.names)
-  counts = {name: len(rows) for name, rows in divided.items()}
   print(
-    f"{sum(counts.values()):,} images of {len(examples.classes):,} classes"
-    f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())});"
+    f"{splitting.counted(divided, examples.classes)};"
     f" {plan.network} with {label} and {plan.seeds} random initialisations;"
     f" {len(plan.taps)} taps on {devices}",
     flush=True,

@@ -83,6 +83,15 @@ class Plan:
     """The last cut."""
     return self.blocks[-1]
 
+  @functools.cached_property
+  def places(self) -> dict[str, int]:
+    """Where every cut lies among the layers."""
+    resolve = zoo.build(self.network).resolve
+    return {
+      name: self.layers.index(resolve(name))
+      for name in (*self.layers, *self.blocks)
+    }
+
   def cuts(self, method: str) -> list[str]:
     """Returns the first stage's cuts that make sense for a method.
 
@@ -98,19 +107,18 @@ class Plan:
     transitions compress what a block has gathered, those of the block, as in
     the paper.
     """
-    resolve = zoo.build(self.network).resolve
-    place = {resolve(name): i for i, name in enumerate(self.layers)}
-    ends = [place[resolve(name)] for name in self.blocks]
+    ends = [self.places[name] for name in self.blocks]
     at = self.blocks.index(block)
     first = ends[at - 1] + 1 if at else 0
     beyond = ends[min(at + 1, len(ends) - 1)]
     if zoo.family(self.network) == "densenet":
       beyond = ends[at]
-    known = {resolve(name) for name in self.cuts(method)}
-    found = [name for name in self.layers[first:beyond] if name not in known]
-    # Nearest to the block's end first: every step-th of both sides.
+    known = {self.places[name] for name in self.cuts(method)}
+    # Counted from the block's end: every step-th of both sides.
     return [
-      name for name in found if (place[name] - ends[at]) % max(step, 1) == 0
+      self.layers[i]
+      for i in range(first, beyond)
+      if i not in known and (i - ends[at]) % max(step, 1) == 0
     ]
 
 
@@ -166,10 +174,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   bench.training(first, network)
   begun = workdir.begin(str(devices))
   _save_splits(workdir.path / "splits.json", data)
-  counts = {name: len(rows) for name, rows in data[0].rows.items()}
   print(
-    f"{sum(counts.values()):,} images of {len(data[0].names):,} classes"
-    f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())});"
+    f"{splitting.counted(data[0].rows, data[0].names)};"
     f" {plan.network} with {source.label} weights, cuts"
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
@@ -522,9 +528,15 @@ def _report(
       measurements.append(
         tables.row(of_test | {"split": None, "n": None}, name, of_row[name])
       )
-  exported, evaluated = _export(bench, chosen)
-  compared = [row for row in rows if row.chosen or row.method == "ftl"]
-  compared = [r for r in compared if r.units[0].weights == bench.began_with]
+  compared = [
+    row
+    for row in rows
+    if (row.chosen or row.method == "ftl")
+    and row.units[0].weights == bench.began_with
+  ]
+  evaluations = {row.name: bench.evaluated(row) for row in compared}
+  evaluated = evaluations[chosen.name]
+  exported = _export(bench, chosen, evaluated)
   unreadable = _unreadable(bench)
   if unreadable:
     pipeline.write_failures(
@@ -597,7 +609,7 @@ def _report(
       "reliability": evaluated["reliability"],
       "temperature": evaluated["temperature"],
       "curves": [
-        {"name": row.name, **bench.evaluated(row)["curves"]} for row in compared
+        {"name": name, **one["curves"]} for name, one in evaluations.items()
       ],
       "failed": failed,
       "failures": len(unreadable),
@@ -680,25 +692,18 @@ def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, Any]]:
   return found
 
 
-def _export(bench: "_Bench", row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
+def _export(
+  bench: "_Bench", row: Row, evaluated: Mapping[str, Any]
+) -> dict[str, Any]:
   """Writes the chosen cut's best network of all repeats, by validation."""
-  metric = bench.config.metric
-  values = [
-    _number(bench.read(unit, "done.json")["val"][metric]) for unit in row.units
-  ]
-  best = row.units[int(np.nanargmax(values))]
-  evaluated = bench.evaluated(row)
+  best, value = bench.best(row)
   data = bench.data[best.repeat]
   loading.export(
     bench.trained(best),
     bench.path / "export" / "model.safetensors",
     bench.source.card() | trial.card(bench.config, data, evaluated),
   )
-  return {
-    "seed": best.repeat,
-    "cut": best.cut,
-    "val": files.finite(float(np.nanmax(values))),
-  }, evaluated
+  return {"seed": best.repeat, "cut": best.cut, "val": files.finite(value)}
 
 
 def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
@@ -828,10 +833,7 @@ class _Bench:
     """Reads what the trainings of a cut came to."""
     units = self.units(method, cut)
     records = [self.read(unit, "done.json") for unit in units]
-    values = tuple(
-      np.nan if value is None else value
-      for value in (r and r["val"][self.config.metric] for r in records)
-    )
+    values = tuple(_number(r and r["val"][self.config.metric]) for r in records)
     if stopped is None and None in records:
       failed = sum(record is None for record in records)
       stopped = f"{failed} of {len(units)} trainings failed"
@@ -846,10 +848,10 @@ class _Bench:
     Raises:
       RunError: none can be chosen.
     """
-    order = [zoo.build(self.plan.network).resolve(s.cut) for s in search]
-    place = {name: i for i, name in enumerate(self.plan.layers)}
-    depth = dict(zip(search, map(place.get, order), strict=True))
-    of = sorted((s for s in search if s.method == method), key=depth.get)
+    of = sorted(
+      (s for s in search if s.method == method),
+      key=lambda s: self.plan.places[s.cut],
+    )
     best = max(of, key=lambda s: s.value)
     if not np.isfinite(best.value):
       raise errors.RunError(
@@ -1014,7 +1016,8 @@ class _Bench:
       weights = bootstrap.resample_weights(
         labels, data.groups_of(rows), self.config.resamples, self.config.seed
       )
-      of = self._loss(unit.repeat), data.names, labels, logits
+      loss = trial.make_loss(self.config, data)
+      of = loss, data.names, labels, logits
       values.append(scoring.measure(*of).values)
       again.append(scoring.measure(*of, weights).values)
     found = {}
@@ -1028,12 +1031,16 @@ class _Bench:
       )
     return found
 
+  def best(self, row: Row) -> tuple[Unit, float]:
+    """Returns the best of a row's repeats, and its score, by validation."""
+    records = [self.read(unit, "done.json") for unit in row.units]
+    values = [_number(r["val"][self.config.metric]) for r in records]
+    at = int(np.nanargmax(values))
+    return row.units[at], values[at]
+
   def evaluated(self, row: Row) -> dict[str, Any]:
     """Returns what `trial.evaluate` says of a row's best network."""
-    metric = self.config.metric
-    records = [self.read(unit, "done.json") for unit in row.units]
-    values = [_number(record["val"][metric]) for record in records]
-    best = row.units[int(np.nanargmax(values))]
+    best, _ = self.best(row)
     outputs = {split: self.outputs(best, split) for split in ("val", "test")}
     return trial.evaluate(
       self.training(best, self.network(best)),
@@ -1042,10 +1049,6 @@ class _Bench:
       self.config.resamples,
       self.config.seed,
     )
-
-  def _loss(self, repeat: int) -> steps.Loss:
-    unit = Unit("ttl", self.plan.blocks[0], self.began_with, repeat)
-    return self.training(unit, self.network(unit)).loss
 
   def outputs(self, unit: Unit, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and logits of a split, read once and kept."""

@@ -114,13 +114,10 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
       ],
     ),
   ]
-  kept = [
-    Section(s.heading, [block for block in s.blocks if block]) for s in sections
-  ]
   return Content(
     f"{summary.get('network')} cut after {summary.get('cut')},"
     f" fine-tuned on {summary.get('data')}",
-    [section for section in kept if section.blocks],
+    sections,
   )
 
 

@@ -111,14 +111,11 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
     ),
     Section("Every tap", [tap_table(summary, measurements)]),
   ]
-  kept = [
-    Section(s.heading, [block for block in s.blocks if block]) for s in sections
-  ]
   network = summary.get("network") or "the network"
   title = f"What every layer of {network} is worth"
   if data := summary.get("data"):
     title += f" on {tables.shorten(str(data))}"
-  return Content(title, [section for section in kept if section.blocks])
+  return Content(title, sections)
 
 
 def _reading(summary: Mapping[str, Any], measurements: Measurements) -> str:

@@ -69,15 +69,24 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A heading and what stands under it, in order."""
+  """A heading and what stands under it, in order; None is left out."""
 
   heading: str
-  blocks: Sequence[Html | Picture]
+  blocks: Sequence[Html | Picture | None]
+
+  def __post_init__(self):
+    object.__setattr__(self, "blocks", [b for b in self.blocks if b])
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-  """What one job puts on its page between the sentence and the settings."""
+  """What one job puts on its page between the sentence and the settings.
+
+  A section with nothing in it is left out.
+  """
 
   title: str
   sections: Sequence[Section]
+
+  def __post_init__(self):
+    object.__setattr__(self, "sections", [s for s in self.sections if s.blocks])

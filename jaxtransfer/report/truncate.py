@@ -141,14 +141,11 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
     Section("Every cut, on validation", [search_table(summary)]),
     Section("What failed", [failure_table(summary)]),
   ]
-  kept = [
-    Section(s.heading, [block for block in s.blocks if block]) for s in sections
-  ]
   network = summary.get("network") or "the network"
   title = f"Where to cut {network}"
   if data := summary.get("data"):
     title += f" for {tables.shorten(str(data))}"
-  return Content(title, [section for section in kept if section.blocks])
+  return Content(title, sections)
 
 
 def search(summary: Mapping[str, Any]) -> Figure | None:

@@ -160,7 +160,7 @@ class Trial:
       shard=devices.shard,
     )
     self.steps = len(self._train)
-    self.loss = _loss(config, data)
+    self.loss = make_loss(config, data)
     self._schedule = optimisers.Schedule(**config.schedule)
     optimiser = optimisers.Optimiser(**config.optimiser)
     if backbone is not None:
@@ -331,7 +331,13 @@ class _Reported(pipeline.Batches):
     pipeline.too_many(self.failures, *self._limit)
 
 
-def _loss(config: ml_collections.ConfigDict, data: Data) -> steps.Loss:
+def make_loss(config: ml_collections.ConfigDict, data: Data) -> steps.Loss:
+  """Returns what training makes small.
+
+  Args:
+    config: of it `loss` and `many_labels`.
+    data: whose train split the classes are weighted by.
+  """
   targets = data.targets[data.examples.labels[data.rows["train"]]]
   weights = np.ones(len(data.names), np.float32)
   if config.loss.class_weights == "balanced":

@@ -20,16 +20,22 @@ def load(name: str, *arguments: str) -> ml_collections.ConfigDict:
   return module.get_config(*arguments)
 
 
-def write_tiles(root: pathlib.Path, side: int = 32) -> pathlib.Path:
-  """Writes eighty images of two textures and twenty patients.
+def write_tiles(
+  root: pathlib.Path,
+  side: int = 32,
+  images: int = 80,
+  classes: int = 2,
+  per_patient: int = 4,
+) -> pathlib.Path:
+  """Writes images whose classes are textures.
 
   Returns:
     The path of their manifest.
   """
   rng = np.random.default_rng(0)
   rows = []
-  for i in range(80):
-    label, patient = i % 2, i // 4
+  for i in range(images):
+    label, patient = i % classes, i // per_patient
     wave = np.sin(np.arange(side) * (0.4 + 0.5 * label))
     noise = rng.normal(0, 60, (side, side, 3))
     image = 128 + 60 * wave[:, None, None] + noise

@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import numpy as np
-import PIL.Image
 import pytest
 
 from jaxtransfer import errors, workdir
@@ -21,20 +20,9 @@ TAPS = ("stem", "layer1.0", "layer1.1")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
   """Sixty 32-pixel images of three textures and twelve patients."""
-  root = tmp_path_factory.mktemp("tiles")
-  rng = np.random.default_rng(0)
-  rows = []
-  for i in range(60):
-    label, patient = i % 3, i // 5
-    wave = np.sin(np.arange(32) * (0.4 + 0.5 * label))
-    noise = rng.normal(0, 60, (32, 32, 3))
-    image = 128 + 60 * wave[:, None, None] + noise
-    path = root / f"{i}.png"
-    PIL.Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
-    rows.append((path.name, f"class {label}", f"patient {patient}"))
-  with open(root / "manifest.csv", "w", newline="") as f:
-    csv.writer(f).writerows([("path", "label", "group"), *rows])
-  return root / "manifest.csv"
+  return configs.write_tiles(
+    tmp_path_factory.mktemp("tiles"), images=60, classes=3, per_patient=5
+  )
 
 
 @pytest.fixture(scope="module")

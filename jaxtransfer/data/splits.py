@@ -13,6 +13,8 @@ from jaxtransfer.data.sources import Examples
 from jaxtransfer.errors import UsageError
 
 SPLITS = ("train", "val", "test")
+# Groups below which percentile intervals are known to be too narrow.
+_FEW = 20
 
 
 def make_splits(
@@ -414,6 +416,18 @@ def _check_usable(
       " resampled one by one. Scores are too high and intervals too narrow"
       " where images of one patient are alike."
     )
+  for name in ("val", "test"):
+    rows = divided[name]
+    held = f"{len(rows):,} images"
+    count = len(rows)
+    if examples.groups is not None:
+      count = len({examples.groups[row] for row in rows})
+      held += f" of {count:,} groups"
+    if count < _FEW:
+      notes.append(
+        f"The {name} split holds {held}: its scores are rough, and resamples of"
+        " so few give intervals that are too narrow."
+      )
   return notes
 
 

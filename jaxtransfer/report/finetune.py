@@ -319,7 +319,7 @@ def reliability(summary: Mapping[str, Any]) -> Figure | None:
     axis.set_ylabel("accuracy")
     axis.set_xlim(-0.02, 1.02)
     axis.set_ylim(-0.02, 1.02)
-    axis.legend(loc="upper left")
+    figures.legend(figure, axis, columns=2)
   return figure
 
 

@@ -101,7 +101,7 @@ dt { color: #5c5c5c; }
 dd { margin: 0; min-width: 0; }
 pre {
   margin: .5rem 0; padding: .75rem 1rem; background: #f4f4f4;
-  font-size: .85rem; overflow-x: auto;
+  font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere;
 }
 a { color: #005a8d; }
 summary { cursor: pointer; }
@@ -122,7 +122,6 @@ summary { cursor: pointer; }
   :root { font-size: 10pt; }
   body { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
-  pre { white-space: pre-wrap; }
   figure svg { min-width: 0 !important; }
   .narrow svg { max-width: 11.5cm !important; }
   figure { margin-bottom: .8rem; }

@@ -122,8 +122,7 @@ class Trial:
     failures: image -> why it could not be read, of all splits read so far.
 
   Raises:
-    UsageError: a key of the config is out of range, or there are fewer images
-      than a batch holds.
+    UsageError: a key of the config is out of range.
   """
 
   def __init__(

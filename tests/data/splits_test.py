@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from jaxtransfer.data import splits
+from jaxtransfer.data import sources, splits
 from jaxtransfer.errors import UsageError
+from tests.jobs import configs
 
 
 def _patients(seed=0, patients=60, classes=4):
@@ -230,3 +231,14 @@ def test_many_rows_and_classes_are_divided_and_checked():
     names = [str(i) for i in range(300_000)]
     classes = [str(i) for i in range(10_000)]
     assert splits.check_splits(made, labels, known, names, classes) == []
+
+
+@pytest.mark.parametrize(("patients", "said"), [(12, True), (150, False)])
+def test_a_split_of_few_patients_is_said_to_be_rough(tmp_path, patients, said):
+  """What counts are patients: 12 of them leave two or three to test on."""
+  manifest = configs.write_tiles(tmp_path, 4, 3 * patients, per_patient=3)
+  config = configs.load("finetune", "resnet18")
+  config.data.source = str(manifest)
+  examples = sources.open_source(config.data)
+  _, notes = splits.divide(config, examples, tmp_path / "splits.json")
+  assert any("test split holds" in note for note in notes) == said, notes

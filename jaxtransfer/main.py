@@ -55,7 +55,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
     unknown = re.search(r"\w+", str(e))
     hosts.One().end(
       f"the config has no key {unknown[0] if unknown else e!r}"
-      + (f"; did you mean {near[1]}?" if near else ""),
+      + (
+        f"; did you mean {near[1]}?"
+        if near
+        else "; the file that --config names lists its keys"
+      ),
       USAGE,
     )
   except (flags.Error, OSError, TypeError, ValueError) as e:

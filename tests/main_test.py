@@ -30,6 +30,7 @@ def _run(*arguments):
     ([CONFIG], "--workdir is missing"),
     ([CONFIG, "--workdir=w", "--config.tolerence=0.1"], "tolerance"),
     ([CONFIG, "--workdir=w", "--config.data.sourse=x"], "source"),
+    ([CONFIG, "--workdir=w", "--config.halving=1"], "--config names lists"),
     ([CONFIG, "--workdir=w", "--config.seeds=many"], "many"),
     ([CONFIG, "--workdir=w", "--wrkdir=x"], "wrkdir"),
     ([CONFIG, "--workdir=w", "layers"], "'layers'"),

@@ -73,6 +73,8 @@ def value_and_gradients(function, x, kernel):
     (1, 1, 1, 8, 8),
     (1, 1, 40, 4, 4),
     (1, 4, 4, 4, 64),  # pays for the input's gradient and not forward
+    (2, 3, 3, 8, 128),  # a kernel that outweighs the pixels
+    (4, 14, 12, 8, 8),  # the kernel's gradient from shifts of both sides
   ],
 )
 @pytest.mark.parametrize("stride", [1, 2])
@@ -113,6 +115,22 @@ def test_groups_are_the_plain_convolution(
 @pytest.mark.parametrize("size, stride", [(1, 1), (1, 2), (7, 2), (5, 1)])
 def test_other_kernels_are_the_plain_convolution(size, stride):
   x, kernel = operands(2, 11, 8, 3, 5, size, 1)
+  for found, expected in zip(
+    value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
+    value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),
+    strict=True,
+  ):
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (7, 2), (5, 1)])
+@pytest.mark.parametrize("most", [1, 20_000])
+def test_the_kernels_gradient_may_be_summed_in_parts(
+  monkeypatch, size, stride, most
+):
+  """One image at a time, and in parts of two or three where they fit."""
+  monkeypatch.setattr(convolution, "_MOST_PATCHES", most)
+  x, kernel = operands(6, 24, 21, 3, 5, size, 1)
   for found, expected in zip(
     value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
     value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),

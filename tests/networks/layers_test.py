@@ -179,3 +179,52 @@ def test_gradients_reach_through_the_batch_statistics():
   size = np.abs(gradient).sum((0, 1, 2))
   assert (np.abs(gradient.sum((0, 1, 2))) < 1e-4 * size).all()
   assert (np.abs((gradient * x).sum((0, 1, 2))) < 1e-4 * size).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_gradients_are_those_of_the_whole_batch(devices):
+  """Written out by hand, so held against JAX's own, in float64 and unsplit."""
+  layer, numbers = norm(3)
+  random = np.random.default_rng(1)
+  x = random.normal(5, 2, (4, 5, 6, 3)).astype(np.float32)
+  dy = random.normal(size=x.shape).astype(np.float32)
+
+  def textbook(x, scale, bias):
+    centred = x - x.mean((0, 1, 2))
+    var = jnp.square(centred).mean((0, 1, 2))
+    return (centred / jnp.sqrt(var + 1e-5) * scale + bias) * dy
+
+  def ours(x, scale, bias, dy):
+    def loss(x, scale, bias):
+      fresh = layers.BatchNorm(3)
+      fresh.scale.set_value(scale)
+      fresh.bias.set_value(bias)
+      return (fresh(x, train="data") * dy).sum()
+
+    dx, dscale, dbias = jax.grad(loss, (0, 1, 2))(x, scale, bias)
+    return dx, *jax.lax.psum((dscale, dbias), "data")
+
+  with jax.enable_x64(True):
+    expected = jax.grad(lambda *a: textbook(*a).sum(), (0, 1, 2))(
+      jnp.asarray(x, float),
+      jnp.asarray(numbers["scale"]),
+      jnp.asarray(numbers["bias"]),
+    )
+  mesh = jax.make_mesh(
+    (devices,),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+  data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+  found = jax.jit(
+    jax.shard_map(
+      ours,
+      mesh=mesh,
+      in_specs=(data, whole, whole, data),
+      out_specs=(data, whole, whole),
+      check_vma=False,
+    )
+  )(x, layer.scale[...], layer.bias[...], dy)
+  for ours_of, expected_of in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours_of, expected_of, rtol=1e-4, atol=2e-5)

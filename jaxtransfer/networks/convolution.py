@@ -40,7 +40,7 @@ def conv2d(
     return _multiply(
       x_NHWC[:, ::stride, ::stride], kernel_HWIO[0, 0], precision
     )
-  if groups == 1 and min(x_NHWC.shape[1:3]) <= 2:
+  if groups == 1 and min(x_NHWC.shape[1:3]) <= 2 * (size // 2):
     # Where most of the kernel lies on the border, XLA's CPU convolution takes
     # up to 70 times as long; elsewhere this is a product like any other.
     return _convolve_patches(x_NHWC, kernel_HWIO, stride, precision)

@@ -80,7 +80,7 @@ def keep_memory() -> None:
   if hasattr(libc, "mallopt"):
     libc.mallopt(_M_ARENA_MAX, 1)
     libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def is_first() -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     path: where the finished file is to appear. Its directory is made.
 
   Yields:
-    The temporary path, `.<name>.tmp-<pid>` in the same directory.
+    The temporary path, `.<name>.<random>.tmp` in the same directory.
 
   Raises:
     OSError: the directory cannot be written or the disk is full; `path` is as
@@ -33,7 +34,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+  # Random, since processes of several hosts may write at the same time.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
     yield temporary
     _fsync(temporary)

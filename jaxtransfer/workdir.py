@@ -67,6 +67,7 @@ class Workdir:
       What was run: command, versions, devices, commit, time.
 
     Raises:
+      UsageError: another config was begun here in the meantime.
       UsageError, RunError, SystemExit: another process of the run failed its
         checks.
     """
@@ -81,9 +82,12 @@ class Workdir:
       ),
     }
     if self.writes:
-      files.write_json(
-        self.path / "config.json", {"config": self.config, "run": run}
-      )
+      # Of several that share the directory all may have found it empty.
+      with lock(self.path / ".begin.lock", wait=True):
+        _refuse_other(self.path, self.config)
+        files.write_json(
+          self.path / "config.json", {"config": self.config, "run": run}
+        )
     return run
 
   def log(self, **values: Any) -> None:
@@ -165,6 +169,27 @@ def claim(
     lock.flush()
     _refuse_other(path, config)
     yield Workdir(path, config, command, processes)
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path, *, wait: bool) -> Iterator[bool]:
+  """Takes a lock that the kernel lets go when the process ends.
+
+  Args:
+    path: the lock's file, made with its directory if it is not there.
+    wait: whether to wait for who has it.
+
+  Yields:
+    Whether it is taken; always if waited for.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "w", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      yield False
+      return
+    yield True
 
 
 def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -26,6 +26,23 @@ def test_the_same_config_goes_on_and_another_is_refused(tmp_path):
     pass
 
 
+def test_of_two_configs_begun_at_once_one_is_refused(tmp_path):
+  """Both have found the shared directory empty; who comes second is told, and
+  does not write over what the first one said."""
+  other = {**CONFIG, "seed": 1}
+  with (
+    workdir.claim(tmp_path, CONFIG, "command", shared=True) as one,
+    workdir.claim(tmp_path, other, "command", shared=True) as two,
+    workdir.claim(tmp_path, CONFIG, "command", shared=True) as three,
+  ):
+    one.begin("1 x cpu")
+    with pytest.raises(errors.UsageError, match="seed: None there, 1 now"):
+      two.begin("1 x cpu")
+    three.begin("1 x cpu")
+  stored = json.loads((tmp_path / "config.json").read_text())
+  assert stored["config"] == CONFIG
+
+
 def test_two_processes_cannot_work_in_one_directory(tmp_path):
   """The lock is the kernel's: held by the other process, gone with it."""
   code = (

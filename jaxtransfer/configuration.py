@@ -105,6 +105,25 @@ def job_module(name: str) -> str:
   return module
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks the keys that every job has and uses in the same way.
+
+  Raises:
+    UsageError: naming the key.
+  """
+  positive(config, "batch_size", "data.image_size")
+  one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
+  if not 0 <= config.seed < 2**32:
+    raise errors.UsageError(
+      f"config.seed is {config.seed}; it must be from 0 to 4294967295"
+    )
+  if config.data.workers < 0:
+    raise errors.UsageError(
+      f"config.data.workers is {config.data.workers}; it must be 0 or more"
+    )
+
+
 def positive(config: Mapping[str, Any], *keys: str) -> None:
   """Checks that integer keys of a config are at least one.
 

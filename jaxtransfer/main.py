@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
       parallel.keep_memory()
       parallel.cache_programs()
       if not _DISTRIBUTED.value:
-        together = config.batch_size // config.get("accumulate", 1)
+        together = config.batch_size // max(1, config.get("accumulate", 1))
         parallel.use_processors(max(1, together))
       return job.run(config, claimed)
   except errors.UsageError as e:

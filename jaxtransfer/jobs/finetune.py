@@ -148,6 +148,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   Raises:
     UsageError: naming the key.
   """
+  configuration.check(config)
   configuration.one_of("metric", config.metric, scoring.METRICS)
   until = config.network.until or None
   network = zoo.build(config.network.name, until=until)
@@ -198,7 +199,7 @@ def _results(
   size = config.data.image_size
   for name, value in (
     ("params", params),
-    ("macs", zoo.count(network, size)[1]),
+    ("macs", zoo.count(network, size, head=True)[1]),
     ("temperature", evaluated["temperature"]),
     ("best_epoch", fitted.epoch),
   ):

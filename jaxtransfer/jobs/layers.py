@@ -188,15 +188,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   Raises:
     UsageError: naming the key.
   """
-  configuration.positive(
-    config,
-    "batch_size",
-    "cost_batch_size",
-    "data.image_size",
-    "resamples",
-    "seeds",
-  )
-  configuration.one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  configuration.check(config)
+  configuration.positive(config, "cost_batch_size", "resamples", "seeds")
   configuration.one_of("metric", config.metric, classification.METRICS)
   if config.tolerance < 0:
     raise errors.UsageError(

@@ -87,18 +87,26 @@ def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   return tuple(found)
 
 
-def count(network: Network, image_size: int = 224) -> tuple[int, int]:
-  """Counts what any network's trunk holds and does; its head is left out.
+def count(
+  network: Network, image_size: int = 224, *, head: bool = False
+) -> tuple[int, int]:
+  """Counts what any network holds and does.
 
   Args:
     network: cut, slim or whole, with or without values.
     image_size: side of the image whose multiply-accumulates are counted.
+    head: whether its head counts, where it has one.
 
   Returns:
     Trainable parameters, and multiply-accumulates for one image.
   """
-  *_, total = _costs(network, image_size)
-  return total
+  *_, (params, macs) = _costs(network, image_size)
+  if head and network.head is not None:
+    leaves = jax.tree.leaves(nnx.state(network.head, nnx.Param))
+    params += sum(leaf.size for leaf in leaves)
+    # Each of the matrix's numbers is used once for an image.
+    macs += sum(leaf.size for leaf in leaves if leaf.ndim > 1)
+  return params, macs
 
 
 def _costs(network: Network, image_size: int) -> Iterator[tuple[int, int]]:

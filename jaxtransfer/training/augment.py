@@ -37,7 +37,8 @@ class Augmentation:
 
   Attributes:
     crop: smallest share of the image's area that a random crop keeps, of an
-      aspect from 3:4 to 4:3, scaled back to the image's size; 1 for no crop.
+      aspect from 3:4 to 4:3 as far as it fits into the image, scaled back to
+      the image's size; 1 for no crop.
     flip_horizontal: mirror left and right, every second time.
     flip_vertical: mirror top and bottom, every second time.
     quarter_turns: turn by 0, 90, 180 or 270 degrees.
@@ -52,9 +53,10 @@ class Augmentation:
   Raises:
     UsageError: a value out of range.
 
-  Source: torchvision.transforms RandomResizedCrop and ColorJitter (its order
-    of the four is random, here it is this one; its hue turns in HSV, here
-    in YIQ); stain: Tellez et al. 2018, IEEE TMI 37(9):2126-2136.
+  Source: torchvision.transforms RandomResizedCrop (it draws again where a crop
+    does not fit, here the aspect is drawn among those that do) and ColorJitter
+    (its order of the four is random, here it is this one; its hue turns in
+    HSV, here in YIQ); stain: Tellez et al. 2018, IEEE TMI 37(9):2126-2136.
   """
 
   crop: float
@@ -167,7 +169,8 @@ def _crop(x_HWC: jax.Array, key: jax.Array, least: float) -> jax.Array:
   size = x_HWC.shape[0]
   area_key, aspect_key, place_key = jax.random.split(key, 3)
   area = jax.random.uniform(area_key, (), minval=least, maxval=1)
-  limit = np.log(_ASPECT)
+  # A longer side would not fit, and cut to fit would keep less than the area.
+  limit = jnp.minimum(np.log(_ASPECT), -jnp.log(area))
   aspect = jnp.exp(
     jax.random.uniform(aspect_key, (), minval=-limit, maxval=limit)
   )

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxtransfer import errors, parallel
 
-_ABOUT = ("place", "best", "records", "devices")
+_ABOUT = ("place", "best", "records", "devices", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Saved:
     place: state of the iterator of the batches.
     records: lines of metrics.jsonl.
     devices: on which it was computed, in words.
+    seconds: that the epoch in hand had taken.
   """
 
   tree: Any
   place: dict[str, Any]
   records: list[dict[str, Any]]
   devices: str
+  seconds: float
 
 
 class _NewestAndBest:
@@ -118,6 +121,7 @@ class Checkpoints:
     records: Sequence[Mapping[str, Any]],
     devices: str,
     *,
+    seconds: float = 0.0,
     is_best: bool = False,
   ) -> None:
     """Begins to save; the arrays may be donated once this returns.
@@ -128,6 +132,7 @@ class Checkpoints:
       place: state of the iterator of the batches after the last one used.
       records: lines of metrics.jsonl so far.
       devices: on which it was computed, in words.
+      seconds: that the epoch in hand has taken.
       is_best: whether an epoch has just ended that is the best so far: the
         checkpoint is kept until there is a better one.
 
@@ -147,9 +152,12 @@ class Checkpoints:
       "best": self._kept.best,
       "records": [dict(record) for record in records],
       "devices": devices,
+      "seconds": seconds,
       "checksums": {name: _checksum(x) for name, x in arrays.items()},
     }
     with self._reported():
+      # Refused a directory, Orbax's threads keep the process for five minutes.
+      tempfile.TemporaryFile(dir=self._directory).close()
       self._manager.save(
         number,
         args=ocp.args.Composite(
@@ -169,7 +177,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
   def restore(self, tree: Any) -> tuple[Saved | None, list[str]]:
-    """Returns the newest checkpoint that is whole; damaged ones are removed.
+    """Returns the newest checkpoint that is whole.
+
+    Newer ones, which are damaged, are moved aside.
 
     Args:
       tree: arrays in the structure that was saved.
@@ -177,6 +187,10 @@ class Checkpoints:
     Returns:
       What was saved, None without a checkpoint, and a line for every damaged
       one.
+
+    Raises:
+      RunError: there are checkpoints, but none is whole, or the disk or the
+        memory does not let one be read; all are left as they are.
     """
     found, about, notes = None, None, []
     if self._manager is not None:
@@ -187,15 +201,14 @@ class Checkpoints:
     self.newest, self._kept.best = about["number"], about["best"]
     # The other processes give what has the right shapes.
     whole = parallel.from_first(tree if found is None else found)
-    saved = Saved(whole, about["place"], about["records"], about["devices"])
-    return saved, notes
+    return Saved(whole, **{k: about[k] for k in _ABOUT if k != "best"}), notes
 
   def _read(self, tree: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
     """Returns the arrays, what was saved beside them, and notes."""
     shapes = {
       name: np.zeros(x.shape, x.dtype) for name, x in _named(tree).items()
     }
-    notes = []
+    damaged: dict[int, str] = {}
     for number in sorted(self._manager.all_steps(), reverse=True):
       try:
         found = self._manager.restore(
@@ -213,16 +226,65 @@ class Checkpoints:
         leaves = [arrays[name] for name in shapes]
         whole = jax.tree.unflatten(jax.tree.structure(tree), leaves)
         kept = {key: about[key] for key in _ABOUT}
-        return whole, {**kept, "number": number}, notes
       # Whatever a damaged file makes its reader raise.
       except Exception as e:  # noqa: BLE001
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        notes.append(
-          f"{self._directory / str(number)} is damaged ({reason}); it was"
-          " removed and the checkpoint before it used"
-        )
-        self._manager.delete(number)
-    return None, None, notes
+        self._check_readable(number, e)
+        damaged[number] = _first_line(e)
+        continue
+      notes = [self._move_aside(*item) for item in damaged.items()]
+      return whole, {**kept, "number": number}, notes
+    if damaged:
+      raise errors.RunError(
+        f"{self._directory}: no checkpoint can be read; the newest:"
+        f" {next(iter(damaged.values()))}; remove the directory to begin anew"
+      )
+    return None, None, []
+
+  def _check_readable(self, number: int, error: Exception) -> None:
+    """Tells a damaged checkpoint from one that cannot be read now.
+
+    Tensorstore's errors are ValueErrors whatever their cause, and Orbax takes a
+    directory that it may not enter for an empty one; so the files are read.
+
+    Args:
+      number: of the checkpoint.
+      error: what restoring it raised.
+
+    Raises:
+      RunError: memory, the disk or a permission is in the way.
+    """
+
+    def refuse(e: Exception) -> None:
+      raise errors.RunError(
+        f"{self._directory / str(number)} cannot be read now"
+        f" ({_first_line(e)}); it is left as it is: free memory, mend the disk"
+        " or give permission, and the same command resumes"
+      ) from error
+
+    if isinstance(error, MemoryError):
+      refuse(error)
+    try:
+      for folder, _, names in os.walk(
+        self._directory / str(number), onerror=refuse
+      ):
+        for name in names:
+          with open(os.path.join(folder, name), "rb") as file:
+            while file.read(2**20):
+              pass
+    except OSError as e:
+      refuse(e)
+
+  def _move_aside(self, number: int, reason: str) -> str:
+    """Hides a damaged checkpoint from Orbax; returns what to say of it."""
+    path = self._directory / str(number)
+    # Empty and of a new name, it is replaced by what is moved there.
+    aside = tempfile.mkdtemp(prefix=f"damaged-{number}-", dir=self._directory)
+    path.replace(aside)
+    self._manager.reload()
+    return (
+      f"{path} is damaged ({reason}); it was moved to {aside}, and the"
+      " checkpoint before it is used"
+    )
 
   @contextlib.contextmanager
   def _reported(self) -> Iterator[None]:
@@ -230,12 +292,15 @@ class Checkpoints:
     try:
       yield
     except Exception as e:
-      reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
       raise errors.RunError(
-        f"{self._directory}: the checkpoint could not be written ({reason});"
-        " the one before is intact: make room or give permission, and the same"
-        " command resumes"
+        f"{self._directory}: the checkpoint could not be written"
+        f" ({_first_line(e)}); the one before is intact: make room or give"
+        " permission, and the same command resumes"
       ) from e
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _named(tree: Any) -> dict[str, Any]:

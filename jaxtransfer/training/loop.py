@@ -159,8 +159,12 @@ def fit(
     preempted = devices.agreed(asked_to_end)
     found, notes = kept.restore((state, best))
     records: list[Record] = []
+    # Of the epoch in hand, but for the first step of a process, which
+    # compiles: before the last pause of the clock, and when it went on.
+    spent, began = 0.0, None
     if found is not None:
       (state, best), records = found.tree, found.records
+      spent = found.seconds
       batches.set_state(found.place)
       if found.devices != str(devices):
         notes.append(
@@ -177,6 +181,9 @@ def fit(
       records.append(record)
       journal.log(**record)
 
+    def seconds() -> float:
+      return spent if began is None else spent + time.monotonic() - began
+
     def save(is_best: bool = False) -> None:
       # An epoch's end is saved once before its validation and once after it.
       number = done + len(epochs_of(records))
@@ -184,10 +191,16 @@ def fit(
         place = dict(batches.get_state())
         place["failures"] = _of_everyone(place["failures"])
         kept.save(
-          number, (state, best), place, records, str(devices), is_best=is_best
+          number,
+          (state, best),
+          place,
+          records,
+          str(devices),
+          seconds=seconds(),
+          is_best=is_best,
         )
 
-    clock, began = _Clock(), None
+    clock = _Clock()
     running: collections.deque[jax.Array] = collections.deque()
     bar = tqdm.tqdm(
       total=len(train),
@@ -200,8 +213,8 @@ def fit(
       while True:
         if done == (len(epochs_of(records)) + 1) * per_epoch:
           jax.block_until_ready(state.step)
+          spent, began = seconds(), None
           started = time.monotonic()
-          trained = started - (began or started)
           numbers = steps.trained_numbers(state)
           with validate() as val:
             rows, logits = predict(forward, numbers, val, devices, preempted)
@@ -216,9 +229,7 @@ def fit(
             **_means(state),
             val=scores,
             timing={
-              # Of the first epoch of a process without the first step, which
-              # compiles.
-              "training_seconds": trained,
+              "training_seconds": spent,
               "validation_seconds": time.monotonic() - started,
             },
           )
@@ -228,6 +239,7 @@ def fit(
             sums=devices.replicate(steps.no_sums()),
             scale=devices.replicate(np.float32(scale)),
           )
+          spent = 0.0
           save(is_best)
           clock, began = _Clock(), time.monotonic()
         ended = (
@@ -249,7 +261,8 @@ def fit(
         if len(running) > _AHEAD:
           running.popleft().block_until_ready()
         clock.tick(metrics["loss"], batch["label"].size)
-        began = began or time.monotonic()
+        if began is None:
+          began = time.monotonic()
         if done % settings.log_steps == 0:
           write(
             event="train",

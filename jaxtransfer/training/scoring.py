@@ -54,7 +54,8 @@ def measure(
     `METRICS`, each a number or (R,) numbers; NaN where undefined.
 
   Raises:
-    RunError: there is no image, or a logit is no number.
+    RunError: there is no image, none with a known label, or a logit is no
+      number.
   """
   if not len(labels):
     raise errors.RunError("a split has no image that could be read")
@@ -66,6 +67,8 @@ def measure(
   plain = dataclasses.replace(loss, smoothing=0.0)
   sums = np.asarray(plain(logits, labels), np.float64)
   counts = np.asarray(plain.weight(labels), np.float64)
+  if not counts.any():
+    raise errors.RunError("a split has no known label that could be read")
   values: dict[str, Value] = {
     "loss": sums.sum() / counts.sum()
     if weights is None

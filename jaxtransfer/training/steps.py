@@ -35,7 +35,8 @@ class State:
     kept: parameters that are not.
     statistics: running means and variances.
     optimiser: optax's state.
-    average: exponential moving average of `params`; empty without.
+    average: exponential moving average of `params` and `statistics`; empty
+      without.
     scale: () float32, what plateau multiplies the learning rate by.
     sums: () float32 each since they were last read: weighted losses, their
       weights, hits, and decisions that could hit.
@@ -146,10 +147,15 @@ class Recipe:
       ones; "frozen": those, with scale and bias kept too.
     accumulate: parts in which a batch is computed, one after the other, for
       a smaller memory; each part has its own batch statistics.
-    average: decay of the moving average of the parameters; 0 for none.
+    average: decay of the moving average of parameters and statistics; 0 for
+      none. After t steps it is at most (1 + t) / (10 + t), so that the first
+      parameters, a random head among them, are soon forgotten.
 
   Raises:
     UsageError: a value out of range.
+
+  Source: the average's decay: tf.train.ExponentialMovingAverage(num_updates);
+    that running statistics are averaged too: timm's ModelEma.
   """
 
   loss: Loss
@@ -223,7 +229,7 @@ def first_state(network: Network, recipe: Recipe, seed: int) -> State:
     kept={n: v for n, v in params.items() if n not in trained},
     statistics=statistics,
     optimiser=recipe.optimiser.direction().init(trained),
-    average=trained if recipe.average else {},
+    average={**trained, **statistics} if recipe.average else {},
     scale=jnp.ones((), jnp.float32),
     sums=no_sums(),
     key=jax.random.key_data(jax.random.key(seed)),
@@ -336,8 +342,11 @@ def make_step(
       name: value - rates[name] * share * moves[name]
       for name, value in state.params.items()
     }
+    decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
+    now = {**params, **statistics}
+    # Written so that what does not move stays bit by bit.
     average = {
-      name: recipe.average * value + (1 - recipe.average) * params[name]
+      name: value + (1 - decay) * (now[name] - value)
       for name, value in state.average.items()
     }
     state = dataclasses.replace(
@@ -355,7 +364,7 @@ def make_step(
 
 
 def trained_numbers(state: State) -> tuple[Arrays, Arrays]:
-  """Returns the parameters to judge and keep, averaged ones where there are.
+  """Returns the numbers to judge and keep, averaged ones where there are.
 
   Args:
     state: after any step.
@@ -363,7 +372,11 @@ def trained_numbers(state: State) -> tuple[Arrays, Arrays]:
   Returns:
     All parameters and the statistics, as `put_together` takes them.
   """
-  return {**state.kept, **state.params, **state.average}, state.statistics
+  params = {**state.kept, **state.params}
+  return (
+    {name: state.average.get(name, x) for name, x in params.items()},
+    {name: state.average.get(name, x) for name, x in state.statistics.items()},
+  )
 
 
 def make_predict(

@@ -51,6 +51,27 @@ class Data:
     groups = self.examples.groups
     return None if groups is None else [groups[row] for row in rows]
 
+  def resample(
+    self, rows: np.ndarray, many_labels: bool, resamples: int, seed: int
+  ) -> np.ndarray:
+    """Returns (R, N), how often each row is in each of R resamples.
+
+    Args:
+      rows: (N,) of the source.
+      many_labels: whether an image may have several labels. The resamples are
+        then not stratified: a label of the source is a combination, and the
+        only group with a rare one would be in every resample.
+      resamples: R.
+      seed: decides the draw.
+    """
+    labels = self.examples.labels[rows]
+    return bootstrap.resample_weights(
+      np.zeros_like(labels) if many_labels else labels,
+      self.groups_of(rows),
+      resamples,
+      seed,
+    )
+
 
 def open_data(
   config: ml_collections.ConfigDict, splits: str | os.PathLike[str]
@@ -69,8 +90,14 @@ def open_data(
     config, examples, splits, every_class=not config.many_labels
   )
   if config.many_labels:
-    known = targets[examples.labels[divided["train"]]]
-    for name, column in zip(names, known.T, strict=True):
+    of_split = {s: targets[examples.labels[r]] for s, r in divided.items()}
+    for split in ("val", "test"):
+      if np.isnan(of_split[split]).all():
+        raise errors.UsageError(
+          f"the {split} split has no image with a known label; change the"
+          " splits"
+        )
+    for name, column in zip(names, of_split["train"].T, strict=True):
       if not (column == 0).any() or not (column == 1).any():
         raise errors.UsageError(
           f"the train split has no image with, or none without, {name!r};"
@@ -280,7 +307,6 @@ def check(config: ml_collections.ConfigDict, devices: parallel.Devices) -> None:
   Raises:
     UsageError: naming the key.
   """
-  optimisers.check_one_of("dtype", config.dtype, ("float32", "bfloat16"))
   optimisers.check_one_of("network.head", config.network.head, HEADS)
   optimisers.check_one_of(
     "loss.class_weights", config.loss.class_weights, CLASS_WEIGHTS
@@ -288,11 +314,15 @@ def check(config: ml_collections.ConfigDict, devices: parallel.Devices) -> None:
   optimisers.check_range(
     "loss.label_smoothing", config.loss.label_smoothing, least=0, below=1
   )
-  for key in ("batch_size", "resamples", "epochs", "accumulate"):
+  for key in ("resamples", "epochs", "accumulate"):
     optimisers.check_range(key, config[key], least=1)
-  optimisers.check_range("data.image_size", config.data.image_size, least=1)
-  optimisers.Optimiser(**config.optimiser)
-  optimisers.Schedule(**config.schedule)
+  optimiser = optimisers.Optimiser(**config.optimiser)
+  if optimisers.Schedule(**config.schedule).ended(optimiser.learning_rate, []):
+    raise errors.UsageError(
+      f"config.optimiser.learning_rate is {config.optimiser.learning_rate},"
+      f" below config.schedule.floor, {config.schedule.floor}: training would"
+      " end before its first step; raise the one or lower the other"
+    )
   augment.Augmentation(**config.augment)
   parts = len(devices.devices) * config.accumulate
   if config.batch_size % parts:
@@ -324,10 +354,12 @@ class _Reported(pipeline.Batches):
     self._unreadable_of_run = unreadable
     self._limit = len(data.rows[split]), config.data.max_failures
 
-  def close(self) -> None:
-    super().close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    self.close()
     self._unreadable_of_run |= dict(self.failures)
-    pipeline.too_many(self.failures, *self._limit)
+    # What ends the reading early, SIGTERM for one, is not to be hidden.
+    if kind is None:
+      pipeline.too_many(self.failures, *self._limit)
 
 
 def make_loss(config: ml_collections.ConfigDict, data: Data) -> steps.Loss:
@@ -379,9 +411,7 @@ def evaluate(
     *scoring.decisions(loss, labels["val"], outputs["val"][1])
   )
   test_rows, test_logits = outputs["test"]
-  weights = bootstrap.resample_weights(
-    labels["test"], data.groups_of(test_rows), resamples, seed
-  )
+  weights = data.resample(test_rows, loss.many, resamples, seed)
   rows = []
   for split, suffix, divisor, again in (
     ("val", "", 1.0, None),

@@ -16,6 +16,7 @@ import pytest
 from jaxtransfer import errors, workdir
 from jaxtransfer.data import pipeline, preprocess, sources
 from jaxtransfer.jobs import finetune
+from jaxtransfer.networks import zoo
 from jaxtransfer.weights import loading
 from tests.jobs import configs
 
@@ -78,15 +79,27 @@ def _command(source, path, **changes):
   ]
 
 
+# What a step can depend on: a learning rate that changes, averaged numbers,
+# parts of a batch, two devices.
+STATE = {
+  "epochs": 12,
+  "optimiser.learning_rate": 0.5,
+  "schedule.patience": 0,
+  "average": 0.5,
+  "accumulate": 2,
+}
+
+
 class _Runs:
   """Starts the same command again and again, as its user would."""
 
-  def __init__(self, source, path, cache):
+  def __init__(self, source, path, cache, **changes):
     self.path = path
-    self._command = _command(source, path)
+    self._command = _command(source, path, **STATE, **changes)
+    self._left = set()
     self._environment = {
       **os.environ,
-      "JAX_NUM_CPU_DEVICES": "1",
+      "JAX_NUM_CPU_DEVICES": "2",
       # What is compiled once serves all runs: seconds instead of minutes.
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -109,7 +122,11 @@ class _Runs:
     return output
 
   def stop(self, when, signal_number):
-    """Sends a signal as soon as `when()`; returns exit code and output."""
+    """Sends a signal as soon as `when()`; returns exit code and output.
+
+    The code is the signal's only where it came before the end.
+    """
+    self._left = self._unfinished()
     process = self.start()
     while process.poll() is None and not when():
       time.sleep(0.0005)
@@ -118,7 +135,14 @@ class _Runs:
     return process.returncode, output
 
   def saving(self):
-    return any(self.path.glob("checkpoints/*tmp*"))
+    """Whether a checkpoint is begun and not ended since the last start."""
+    found = self._unfinished()
+    # One that an earlier process left is of this one once it was gone.
+    self._left &= found
+    return bool(found - self._left)
+
+  def _unfinished(self):
+    return set(self.path.glob("checkpoints/*tmp*"))
 
   def lines(self):
     log = self.path / "metrics.jsonl"
@@ -143,7 +167,10 @@ def uninterrupted(source, tmp_path_factory):
   cache = tmp_path_factory.mktemp("compiled")
   runs = _Runs(source, tmp_path_factory.mktemp("runs") / "whole", cache)
   runs.finish()
-  return cache, runs.result()
+  records, *_ = expected = runs.result()
+  rates = {r["learning_rate"] for r in records if r["event"] == "train"}
+  assert len(rates) > 1, "the plateau never came"
+  return cache, expected
 
 
 def test_stopped_runs_end_as_one_that_was_not(source, uninterrupted, tmp_path):
@@ -151,26 +178,33 @@ def test_stopped_runs_end_as_one_that_was_not(source, uninterrupted, tmp_path):
   same parameters, and the same lines of metrics.jsonl. All that a step depends
   on is in the checkpoint, so where it was taken cannot matter."""
   cache, expected = uninterrupted
-  runs = _Runs(source, tmp_path / "run", cache)
+  # Nothing is saved within an epoch, but for SIGTERM.
+  runs = _Runs(source, tmp_path / "run", cache, checkpoint_steps=1000)
   code, output = runs.stop(runs.saving, signal.SIGKILL)
   assert code == -signal.SIGKILL, output
-  code, output = runs.stop(lambda: runs.lines() >= 5, signal.SIGTERM)
+  # The sixth line is of step 8, the second step of three of the third epoch.
+  code, output = runs.stop(lambda: runs.lines() >= 6, signal.SIGTERM)
   assert code == 143, output
   assert "the same command resumes" in output
+  log = runs.path / "metrics.jsonl"
+  before = log.read_text()
   runs.finish()
   assert runs.result() == expected
+  # Not a line was measured again: their timing, too, is what it was.
+  assert log.read_text().startswith(before)
   # And a finished run is not run again.
   assert "is finished" in runs.finish()
 
 
 @pytest.mark.slow
 def test_twelve_kills(source, uninterrupted, tmp_path):
-  """As above with twelve kills: six while a checkpoint is being written, six
-  at random moments of the training."""
+  """As above with twelve kills, at least ten of which came before the run's
+  end: six while a checkpoint is being written, the others at random moments of
+  the training."""
   cache, expected = uninterrupted
   runs = _Runs(source, tmp_path / "run", cache)
   draw = random.Random(0)
-  during_save = 0
+  kills = during_save = 0
   for number in range(12):
     before = runs.lines()
 
@@ -186,8 +220,9 @@ def test_twelve_kills(source, uninterrupted, tmp_path):
     if code == 0:
       break
     assert code == -signal.SIGKILL, output
+    kills += 1
     during_save += runs.saving()
-  assert number >= 9, "the run ended before it was killed ten times"
+  assert kills >= 10, "the run ended before it was killed ten times"
   assert during_save >= 3
   runs.finish()
   assert runs.result() == expected
@@ -305,6 +340,10 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
       "29 x 29",
     ),
     ({"loss.label_smoothing": 1.0}, "config.loss.label_smoothing"),
+    ({"optimiser.learning_rate": 1e-7}, "below config.schedule.floor"),
+    ({"seed": -1}, "config.seed is -1"),
+    ({"data.workers": -1}, "config.data.workers is -1"),
+    ({"accumulate": 0}, "config.accumulate is 0"),
     ({"checkpoint_steps": 0}, "config.checkpoint_steps"),
     ({"data.split_fractions": (0.8, 0.2, 0.0)}, "the test split of"),
   ],
@@ -315,6 +354,31 @@ def test_mistakes_are_said_before_any_work(source, tmp_path, changes, says):
     _run(_config(source, **changes), tmp_path / "run")
   left = {path.name for path in (tmp_path / "run").iterdir()}
   assert left == {".lock"}
+
+
+@pytest.mark.parametrize(
+  ("network", "layer", "kept", "first"),
+  [
+    ("resnet18", "layer3", "layer2.1", "layer3.0"),
+    ("resnet18", "layer3.1", "layer3.0", "layer3.1"),
+    ("densenet121", "transition3", "denseblock3.denselayer24", "transition3"),
+    (
+      "densenet121",
+      "denseblock4",
+      "transition3",
+      "denseblock4.denselayer1",
+    ),
+  ],
+)
+def test_training_begins_with_the_first_layer_of_what_is_named(
+  network, layer, kept, first
+):
+  """A stage is all its layers, and nothing before it is trained."""
+  config = configs.load("finetune", network)
+  config.train_from = layer
+  plan = finetune.make_plan(config)
+  names = zoo.build(network).layer_names
+  assert names[plan.frozen - 1 : plan.frozen + 1] == (kept, first)
 
 
 def test_the_recipe_of_the_embedded_weights_is_a_config_that_holds():

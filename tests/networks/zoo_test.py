@@ -414,6 +414,9 @@ def test_counts_are_those_of_the_last_layer_and_leave_out_the_head(name):
   for classes in (None, 7):
     model = zoo.build(name, num_classes=classes)
     assert zoo.count(model, 96) == (last.params, last.macs)
+  matrix = 7 * last.channels
+  whole = last.params + matrix + 7, last.macs + matrix
+  assert zoo.count(model, 96, head=True) == whole
   assert zoo.count(drawn(name), 96) == (last.params, last.macs)
 
 

@@ -126,6 +126,23 @@ def test_a_crop_of_a_gradient_is_a_gradient():
   assert np.abs(np.diff(inner, axis=1)).max() < 1
 
 
+def test_a_crop_keeps_its_least_share_of_the_area():
+  """Of two ramps the slopes are as the sides of the crop: their product is its
+  area, of images of which nine tenths are to be kept too, where most aspects
+  do not fit."""
+  ramp = np.linspace(20, 230, 32)
+  image = np.stack([*np.meshgrid(ramp, ramp), np.zeros((32, 32))], axis=-1)
+  images = np.repeat(image[None], 64, 0).round().astype(np.uint8)
+  found = _changed(images, crop=0.9)[:, 4:-4, 4:-4]
+  sides = [
+    np.diff(found[..., channel], axis=axis).mean((1, 2)) * 31 / 210
+    for axis, channel in ((2, 0), (1, 1))
+  ]
+  area = sides[0] * sides[1]
+  assert area.min() > 0.9 - 0.01 and area.max() < 1 + 0.01
+  assert np.ptp(area) > 0.05 and np.ptp(sides[0] / sides[1]) > 0.05
+
+
 def test_colours_change_as_their_names_say():
   """Grey stays grey under saturation and hue; contrast keeps a flat image;
   brightness is one factor for all pixels."""

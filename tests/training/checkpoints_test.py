@@ -34,7 +34,14 @@ def saved(tmp_path):
   with checkpoints.Checkpoints(tmp_path, keep=2) as kept:
     for number in (1, 2, 3):
       records = [{"event": "train", "loss": float("nan"), "step": number}]
-      kept.save(number, _tree(number), _place(number), records, "one device")
+      kept.save(
+        number,
+        _tree(number),
+        _place(number),
+        records,
+        "one device",
+        seconds=number / 4,
+      )
   return tmp_path
 
 
@@ -46,6 +53,7 @@ def _restore(path):
 def test_the_newest_comes_back_bit_by_bit(saved):
   found, notes = _restore(saved)
   assert not notes and found.place == _place(3)
+  assert found.devices == "one device" and found.seconds == 0.75
   assert jax.tree.structure(found.tree) == jax.tree.structure(_tree(0))
   for one, other in zip(
     jax.tree.leaves(found.tree), jax.tree.leaves(_tree(3)), strict=True
@@ -119,11 +127,80 @@ def test_a_damaged_one_is_said_and_the_one_before_is_used(saved, damage):
   assert _restore(saved)[0].tree["step"] == 3
 
 
-def test_all_damaged_is_a_start_from_the_beginning(saved):
+def _everything(path):
+  return {
+    p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()
+  }
+
+
+def test_a_damaged_one_is_moved_and_not_removed(saved):
+  """Where the note says, file by file."""
+  _cut(saved / "3")
+  before = _everything(saved / "3")
+  _, notes = _restore(saved)
+  (moved,) = saved.glob("damaged-3-*")
+  assert str(moved) in notes[0] and not (saved / "3").exists()
+  assert _everything(moved) == before
+
+
+def test_all_damaged_is_no_start_from_the_beginning(saved):
+  """It is refused, now and the next time, and nothing is touched."""
   for number in ("2", "3"):
     _cut(saved / number)
-  found, notes = _restore(saved)
-  assert found is None and len(notes) == 2
+  before = _everything(saved)
+  for _ in range(2):
+    with pytest.raises(errors.RunError, match="remove the directory") as raised:
+      _restore(saved)
+    assert str(saved) in str(raised.value) and "\n" not in str(raised.value)
+  assert _everything(saved) == before
+
+
+def test_another_structure_is_no_damage_to_be_swept_away(saved):
+  """A state with one more array fits no checkpoint: all stay."""
+  before = _everything(saved)
+  with (
+    checkpoints.Checkpoints(saved, keep=2) as kept,
+    pytest.raises(errors.RunError, match="no checkpoint can be read"),
+  ):
+    kept.restore({**_tree(0), "more": jnp.zeros(3)})
+  assert _everything(saved) == before
+  assert _restore(saved)[0].tree["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["arrays", "arrays/manifest.ocdbt", "about"])
+def test_what_may_not_be_read_is_not_damaged(name):
+  """Once the permission is back, the newest is there as it was."""
+  with tempfile.TemporaryDirectory() as root:
+    path = pathlib.Path(root) / "checkpoints"
+    with checkpoints.Checkpoints(path, keep=2) as kept:
+      for number in (1, 2):
+        kept.save(number, _tree(number), _place(number), [], "")
+    for part in (path.parent, *path.parent.rglob("*")):
+      part.chmod(0o777)
+    (path / "2" / name).chmod(0)
+    with (
+      _powerless(),
+      pytest.raises(errors.RunError, match="give permission") as raised,
+    ):
+      _restore(path)
+    assert str(path / "2") in str(raised.value)
+    (path / "2" / name).chmod(0o777)
+    found, notes = _restore(path)
+    assert found.tree["step"] == 2 and not notes
+
+
+def test_too_little_memory_is_not_damage(saved, monkeypatch):
+  """NumPy's and tensorstore's own error, raised where the arrays are read."""
+
+  def exhausted(*_, **__):
+    raise MemoryError("no room for 8 GiB")
+
+  with checkpoints.Checkpoints(saved, keep=2) as kept:
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints, "_checksum", exhausted)
+      with pytest.raises(errors.RunError, match="8 GiB.*free memory"):
+        kept.restore(_tree(0))
+    assert kept.restore(_tree(0))[0].tree["step"] == 3
 
 
 def _numbers(path):

@@ -1,6 +1,8 @@
 """The loop: what it chooses, when it ends, and on which devices it goes on."""
 
 import math
+import signal
+import types
 
 import jax
 import numpy as np
@@ -46,6 +48,8 @@ def _fit(
   epochs=3,
   schedule="constant",
   scores=None,
+  patience=0,
+  memory=None,
   **changes,
 ):
   data = _Drawn()
@@ -57,6 +61,7 @@ def _fit(
     checkpoints=2,
     images=32,
     max_failures=0.0,
+    patience=patience,
   )
   given = iter(scores or [])
 
@@ -69,7 +74,7 @@ def _fit(
       data, np.arange(rows), image_size=16, batch_size=8, **options
     )
 
-  memory = _Memory()
+  memory = memory or _Memory()
   fitted = loop.fit(
     examples.network(),
     examples.recipe(**changes),
@@ -105,6 +110,78 @@ def test_plateau_lowers_the_rate_and_ends_below_its_floor(tmp_path):
   assert len(loop.epochs_of(fitted.records)) == 3
   rates = [r["learning_rate"] for r in fitted.records if r["event"] == "train"]
   assert rates == pytest.approx([0.05] * 8 + [0.025] * 4)
+
+
+def test_patience_ends_after_epochs_that_are_no_better(tmp_path):
+  """Two in a row that do not beat the second; the third of equals starts no
+  new wait, and a better one in between does."""
+  areas = (0.6, 0.5, 0.7, 0.7, 0.6, 0.9)
+  scores = [{"loss": 1.0, "auroc": area} for area in areas]
+  fitted = _fit(tmp_path, epochs=10, scores=scores, patience=2)
+  assert fitted.ended and fitted.epoch == 3
+  assert len(loop.epochs_of(fitted.records)) == 5
+
+
+def test_sigterm_within_validation_saves_the_epoch(tmp_path):
+  """Its steps are not done again, and its validation is; with averaged
+  numbers, which are part of what is saved."""
+  scores = [{"loss": 1.0, "auroc": area} for area in (0.6, 0.7)]
+  whole = _fit(tmp_path / "whole", epochs=2, scores=scores, average=0.9)
+
+  class Asked(_Memory):
+    def log(self, **values):
+      super().log(**values)
+      if values["step"] == 8:
+        # Heard at the next batch, which is the first of validation.
+        signal.raise_signal(signal.SIGTERM)
+
+  first = Asked()
+  with pytest.raises(SystemExit):
+    _fit(tmp_path / "run", epochs=2, scores=scores, memory=first, average=0.9)
+  assert [r["step"] for r in loop.epochs_of(first.lines)] == [4]
+  assert first.lines[-1]["step"] == 8
+  resumed = _fit(tmp_path / "run", epochs=2, scores=scores[1:], average=0.9)
+  assert resumed.records[:-1] == first.lines
+  assert whole.epoch == resumed.epoch == 2
+  for one, other in zip(whole.numbers, resumed.numbers, strict=True):
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_the_seconds_of_an_epoch_outlive_a_stop(tmp_path, monkeypatch):
+  """By a clock that only a step's line moves on: with a stop after the third
+  step, whose checkpoint is of the second, an epoch takes as long as without."""
+  now = [0.0]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(loop, "time", clock)
+
+  class Stop(Exception):
+    pass
+
+  class Slow(_Memory):
+    def __init__(self, last=math.inf):
+      super().__init__()
+      self._last = last
+
+    def log(self, **values):
+      if values["step"] > self._last:
+        raise Stop
+      super().log(**values)
+      now[0] += 100 if values["event"] == "train" else 7
+
+  def seconds(fitted):
+    return [
+      record["timing"]["training_seconds"]
+      for record in loop.epochs_of(fitted.records)
+    ]
+
+  # From the end of the first step on, and from the end of an epoch on.
+  assert seconds(_fit(tmp_path / "whole", epochs=2, memory=Slow())) == [400] * 2
+  for last in (2, 6):
+    with pytest.raises(Stop):
+      _fit(tmp_path / "run", epochs=2, memory=Slow(last))
+  resumed = _fit(tmp_path / "run", epochs=2, memory=Slow())
+  assert seconds(resumed) == [400, 400]
 
 
 @pytest.mark.parametrize(("mode", "count"), [("jit", 8), ("pmap", 1)])

@@ -133,19 +133,48 @@ def test_what_is_kept_is_kept_bit_by_bit(changes, moves):
 
 
 def test_the_average_follows_its_recursion():
-  """a <- d a + (1 - d) p, after each step, from the first parameters."""
-  recipe = examples.recipe(average=0.75)
-  start = jax.device_get(steps.first_state(examples.network(), recipe, 1))
+  """a <- d a + (1 - d) p, after each step, from the first parameters; d grows
+  to the decay that was asked for. BatchNorm's statistics likewise."""
+  recipe = examples.recipe(average=0.15)
+  network = examples.network()
+  start = jax.device_get(steps.first_state(network, recipe, 1))
   average = start.average
-  for number in (1, 2, 3):
+  # (1 + t) / (10 + t), and then the recipe's.
+  for number, decay in ((1, 1 / 10), (2, 0.15), (3, 0.15)):
     state, _ = _train(recipe, number=number)
     average = jax.tree.map(
-      lambda a, p: 0.75 * a + 0.25 * p, average, state.params
+      lambda a, p, d=decay: d * a + (1 - d) * p,
+      average,
+      {**state.params, **state.statistics},
     )
   assert _largest(state.average, average) < 1e-6
-  assert _largest(state.average, state.params) > 1e-5
-  judged, _ = steps.trained_numbers(state)
-  assert _largest(judged, state.average) == 0
+  params, statistics = steps.trained_numbers(state)
+  assert _largest({**params, **statistics}, state.average) == 0
+  assert _largest(params, state.params) > 1e-5
+  assert _largest(statistics, state.statistics) > 1e-3
+
+
+def test_an_average_of_what_does_not_move_is_what_it_was():
+  """With the trunk frozen its statistics are the first ones bit by bit."""
+  network = examples.network()
+  recipe = examples.recipe(average=0.999, frozen=1)
+  state, _ = _train(recipe, network, number=2)
+  _, before = jax.device_get(steps.take_apart(network)[1:])
+  _, judged = steps.trained_numbers(state)
+  assert judged.keys() == before.keys()
+  assert all((judged[name] == before[name]).all() for name in judged)
+
+
+def test_an_average_forgets_the_first_parameters():
+  """After 30 steps with 0.999 what is judged is nearer to where training is
+  than to where it began; without the slow start 0.97 of it were the start."""
+  recipe = examples.recipe(average=0.999)
+  start = jax.device_get(steps.first_state(examples.network(), recipe, 1))
+  state, _ = _train(recipe, number=30)
+  name = "head.kernel"
+  judged = steps.trained_numbers(state)[0][name]
+  moved = np.linalg.norm(state.params[name] - start.params[name])
+  assert np.linalg.norm(judged - state.params[name]) < 0.5 * moved
 
 
 def test_bfloat16_computes_and_float32_stays():

@@ -333,6 +333,7 @@ def divide(
 def divide_folds(
   config: ml_collections.ConfigDict,
   examples: Examples,
+  path: str | os.PathLike[str],
   *,
   every_class: bool = True,
 ) -> tuple[list[dict[str, np.ndarray]], list[str]]:
@@ -344,6 +345,7 @@ def divide_folds(
   Args:
     config: as in `divide`, with `folds`, 3 or more.
     examples: the source; splits that it gives itself are not used.
+    path: of splits.json; where it exists, `join_folds` made what is in it.
     every_class: as in `divide`.
 
   Returns:
@@ -351,11 +353,31 @@ def divide_folds(
     should know.
 
   Raises:
-    UsageError: too few groups, or a division that cannot be used.
+    UsageError: too few groups, a division that cannot be used, or the source
+      has changed since.
   """
+  if os.path.exists(path):
+    stored = load_splits(path, examples.names)
+    divisions = [
+      {split: stored[f"{split}{i}"] for split in SPLITS}
+      for i in range(config.folds)
+    ]
+  else:
+    divisions = _draw_folds(config, examples)
+  notes = []
+  if examples.splits is not None:
+    notes.append("the source's own splits are not used: config.folds is set")
+  for divided in divisions:
+    notes += _check_usable(config, examples, divided, every_class)
+  return divisions, list(dict.fromkeys(notes))
+
+
+def _draw_folds(
+  config: ml_collections.ConfigDict, examples: Examples
+) -> list[dict[str, np.ndarray]]:
   folds = config.folds
   fold = k_folds(examples.labels, examples.groups, folds, config.seed)
-  divisions, notes = [], {}
+  divisions = []
   for i in range(folds):
     val = fold == (i + 1) % folds
     divided = {
@@ -364,11 +386,19 @@ def divide_folds(
       "test": np.flatnonzero(fold == i),
     }
     _keep_few(config, examples, divided)
-    notes |= dict.fromkeys(
-      _check_usable(config, examples, divided, every_class)
-    )
     divisions.append(divided)
-  return divisions, list(notes)
+  return divisions
+
+
+def join_folds(
+  divisions: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Returns all divisions as one, train0 to test<last>, for splits.json."""
+  return {
+    f"{split}{i}": rows
+    for i, divided in enumerate(divisions)
+    for split, rows in divided.items()
+  }
 
 
 def _keep_few(

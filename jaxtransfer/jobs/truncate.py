@@ -11,15 +11,13 @@ Source: TTL of Peng et al., arXiv 2106.05152v8, with its baselines: FTL (the
   as wide and random after it) and that paper's small networks.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,7 +184,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   rows = _rows(bench, search)
   bench.settle([unit for row in rows for unit in row.units])
   # Whoever comes first reads the test split and writes; the others wait.
-  with _lock(workdir.path / ".report.lock", wait=True):
+  with workdirs.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
       return json.loads((workdir.path / "results.json").read_text())["code"]
     results = _report(bench, search, rows, begun)
@@ -206,6 +204,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   Raises:
     UsageError: naming the key.
   """
+  configuration.check(config)
   configuration.positive(config, "seeds", "cost_batch_size")
   configuration.one_of("metric", config.metric, classification.METRICS)
   configuration.one_of("epoch_metric", config.epoch_metric, scoring.METRICS)
@@ -236,6 +235,13 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
       f"config.methods is {config.methods!r}; ttl, which decides the cut, must"
       " be among them"
     )
+  if len(blocks) == 1 and (without := {"lwft", "tf"}.intersection(methods)):
+    left = ",".join(m for m in METHODS if m in methods and m not in without)
+    raise errors.UsageError(
+      f"config.methods is {config.methods!r}, but with {blocks[0]} as the only"
+      f" cut there is none before it; use --config.methods={left}, or other"
+      " config.taps"
+    )
   small = tuple(n for n in zoo.list_models() if zoo.family(n) == "cbr")
   return Plan(
     network=name,
@@ -264,13 +270,7 @@ def _open(
   if not config.folds:
     return [trial.open_data(config, path)] * plan.repeats
   examples, names, targets = trial.open_labelled(config)
-  divisions, notes = splitting.divide_folds(config, examples)
-  if path.exists():
-    stored = splitting.load_splits(path, examples.names)
-    divisions = [
-      {split: stored[f"{split}{i}"] for split in rows}
-      for i, rows in enumerate(divisions)
-    ]
+  divisions, notes = splitting.divide_folds(config, examples, path)
   notes = [*examples.notes, *notes]
   return [
     trial.Data(examples, rows, names, targets, notes) for rows in divisions
@@ -280,11 +280,7 @@ def _open(
 def _save_splits(path: pathlib.Path, data: Sequence[trial.Data]) -> None:
   rows = data[0].rows
   if data[0] is not data[-1]:
-    rows = {
-      f"{split}{i}": of_split
-      for i, one in enumerate(data)
-      for split, of_split in one.rows.items()
-    }
+    rows = splitting.join_folds([one.rows for one in data])
   splitting.save_splits(path, rows, data[0].examples.names)
 
 
@@ -296,8 +292,9 @@ class Searched:
     method: of `METHODS`.
     stage: "blocks" or "layers".
     cut: the layer.
-    values: of the validation metric, one of each repeat; NaN where undefined.
-    stopped: why there is no value to choose it by; None where there is.
+    values: of the validation metric, one of each repeat, as far as it was
+      trained; NaN where undefined.
+    stopped: why it cannot be chosen by them; None where it can.
   """
 
   method: str
@@ -307,10 +304,16 @@ class Searched:
   stopped: str | None
 
   @property
+  def mean(self) -> float:
+    """Over the repeats that have a value; NaN without any."""
+    known = [value for value in self.values if np.isfinite(value)]
+    return float(np.mean(known)) if known else np.nan
+
+  @property
   def value(self) -> float:
-    """The mean, or -inf where the cut cannot be chosen."""
-    mean = -np.inf if self.stopped else float(np.mean(self.values))
-    return mean if np.isfinite(mean) else -np.inf
+    """What it is chosen by: the mean, or -inf where it cannot be chosen."""
+    whole = self.stopped is None and np.isfinite(self.values).all()
+    return self.mean if whole else -np.inf
 
 
 def _search(bench: "_Bench") -> list[Searched]:
@@ -343,11 +346,9 @@ def _search(bench: "_Bench") -> list[Searched]:
   found = searched(blocks, "blocks")
   if config.layer_step:
     layers = {
-      method: plan.around(
-        method, bench.choose(found, method).cut, config.layer_step
-      )
+      method: plan.around(method, best.cut, config.layer_step)
       for method in plan.methods
-      if method in plan.layerwise
+      if (best := bench.choose(found, method)) and method in plan.layerwise
     }
     train(layers)
     found += searched(layers, "layers")
@@ -372,7 +373,8 @@ def _halve(
     epochs = max(1, config.epochs // 2 ** (config.halving - i))
     units = [unit for cut in alive for unit in bench.units(method, cut)]
     bench.settle(units, stop_after=epochs)
-    ranked = sorted(alive, key=lambda cut: -bench.so_far(method, cut))
+    values = {cut: bench.so_far(method, cut, epochs) for cut in alive}
+    ranked = sorted(alive, key=lambda cut: -values[cut])
     kept = ranked[: max(1, -(-len(ranked) // 2))]
     for cut in set(ranked) - set(kept) - {bench.plan.whole}:
       dropped[method, cut] = f"dropped after {epochs} epochs"
@@ -401,17 +403,19 @@ def _rows(bench: "_Bench", search: Sequence[Searched]) -> list[Row]:
   """Decides what is compared on the test split, by validation alone."""
   plan = bench.plan
   rows: dict[tuple[Unit, ...], Row] = {}
+  whole = bench.units("ttl", plan.whole)
 
   def add(row: Row) -> None:
+    if row.units == whole:
+      row = dataclasses.replace(row, name="FTL", method="ftl")
     rows.setdefault(row.units, row)
 
   for method in plan.methods:
-    of_method = [s for s in search if s.method == method]
-    blocks = [s for s in of_method if s.stage == "blocks"]
-    first, last = (
-      bench.units(method, bench.choose(of, method).cut)
-      for of in (blocks, of_method)
-    )
+    blocks = [s for s in search if s.stage == "blocks"]
+    best = [bench.choose(of, method) for of in (blocks, search)]
+    if None in best:
+      continue
+    first, last = (bench.units(method, one.cut) for one in best)
     name, chosen = method.upper(), method == "ttl"
     if first != last:
       add(Row(f"{name}-2", method, last, chosen))
@@ -419,7 +423,7 @@ def _rows(bench: "_Bench", search: Sequence[Searched]) -> list[Row]:
     else:
       add(Row(name, method, last, chosen))
     if chosen:
-      add(Row("FTL", "ftl", bench.units("ttl", plan.whole)))
+      add(Row("FTL", "ftl", whole))
   if bench.began_with == PRETRAINED and bench.config.random:
     for row in list(rows.values()):
       units = tuple(dataclasses.replace(u, weights=RANDOM) for u in row.units)
@@ -446,16 +450,17 @@ def _report(
     row for row in rows if all(bench.state(u) == "done" for u in row.units)
   ]
   chosen = next(row for row in rows if row.chosen)
-  base = {"network": plan.network}
   measurements, searched, table = [], [], []
   final = bench.choose(search, "ttl")
-  layers = {x.name: x for x in zoo.list_layers(plan.network)}
+  labels = {PRETRAINED: bench.source.label, RANDOM: bench.random.label}
   for one in sorted(search, key=lambda s: s.stage):
     units = bench.units(one.method, one.cut)
     interval = (np.nan, np.nan)
     if one.stopped is None:
       interval = bench.scores(units, "val")[config.metric].interval
-    params, macs = zoo.count(bench.network(units[0]), config.data.image_size)
+    params, macs = zoo.count(
+      bench.network(units[0]), config.data.image_size, head=True
+    )
     searched.append(
       {
         "method": one.method,
@@ -463,7 +468,7 @@ def _report(
         "cut": one.cut,
         "params": params,
         "macs": macs,
-        "value": files.finite(one.value),
+        "value": files.finite(one.mean),
         "values": [files.finite(value) for value in one.values],
         "low": files.finite(interval[0]),
         "high": files.finite(interval[1]),
@@ -471,16 +476,19 @@ def _report(
         "stopped": one.stopped,
       }
     )
-    of_cut = base | {
-      "weights": units[0].weights,
+    if one.stopped:
+      continue
+    of_cut = {
+      "network": plan.network,
+      "weights": labels[units[0].weights],
       "tap": one.cut,
       "probe": one.method,
       "split": "val",
-      "n": len(data.rows["val"]),
+      "n": bench.images("val"),
     }
-    measurements.append(tables.row(of_cut, config.metric, one.value, interval))
+    measurements.append(tables.row(of_cut, config.metric, one.mean, interval))
     measurements += [
-      tables.row(of_cut | {"seed": unit.repeat}, config.metric, value)
+      tables.row(of_cut | bench.of_repeat(unit, "val"), config.metric, value)
       for unit, value in zip(units, one.values, strict=True)
     ]
   costs = _costs(bench, rows)
@@ -504,17 +512,18 @@ def _report(
       "chosen": row.chosen,
     }
     table.append(of_row)
-    of_test = base | {
-      "weights": unit.weights,
+    of_test = {
+      "network": plan.network if unit.cut else row.method,
+      "weights": labels[unit.weights],
       "tap": unit.cut or None,
       "probe": row.method,
       "split": "test",
-      "n": len(data.rows["test"]),
+      "n": bench.images("test"),
     }
     for name, score in scores.items():
       measurements.append(tables.row(of_test, name, score.mean, score.interval))
       measurements += [
-        tables.row(of_test | {"seed": u.repeat}, name, value)
+        tables.row(of_test | bench.of_repeat(u, "test"), name, value)
         for u, value in zip(row.units, score.values, strict=True)
       ]
     for name in (
@@ -543,11 +552,10 @@ def _report(
       bench.path / "failures.csv", sorted(unreadable.items())
     )
   groups = data.examples.groups
-  counts = {split: len(of_split) for split, of_split in data.rows.items()}
-  cuts = sorted(
-    {s.cut for s in search},
-    key=lambda cut: layers[cut].macs,
-  )
+  counted = data.rows
+  if config.folds:
+    counted = {"each tested once": np.arange(len(data.examples.names))}
+  cuts = sorted({s.cut for s in search}, key=plan.places.__getitem__)
   kind = "fold" if config.folds else "seed"
   repeats = f"{plan.repeats} {kind}{'s' * (plan.repeats > 1)}"
   units_of_test = "images" if groups is None else "groups"
@@ -572,15 +580,15 @@ def _report(
       "data": config.data.source,
       "classes": data.names,
       "taps": cuts,
-      "rows": counts,
+      "rows": {split: len(rows) for split, rows in counted.items()},
       "groups": None
       if groups is None
       else {
-        split: len(set(data.groups_of(of_split)))
-        for split, of_split in data.rows.items()
+        split: len(set(data.groups_of(rows))) for split, rows in counted.items()
       },
       "notes": data.notes,
       "image_size": config.data.image_size,
+      "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
       "repeats": repeats,
       "tolerance": config.tolerance,
       "halving": (
@@ -653,20 +661,23 @@ def _unreadable(bench: "_Bench") -> dict[str, str]:
 
 
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, Any]]:
-  """Measures each row's size, and all rows' speed in turns."""
+  """Measures each row's size, and all rows' speed in turns.
+
+  Rows of one network with different weights have one speed, measured once.
+  """
   config = bench.config
   one = parallel.Devices(config.parallel, bench.devices.devices[:1])
   size = bench.devices.batch_size(config.cost_batch_size)
-  found: list[dict[str, Any]] = []
-  speeds = {}
-  calls: dict[str, list] = {"latency": [], "throughput": []}
+  counts, graphs = [], []
+  calls: dict[str, dict] = {"latency": {}, "throughput": {}}
   side = config.data.image_size
   for row in rows:
     network = bench.network(row.units[0])
-    _, macs = zoo.count(network, side)
+    counts.append(zoo.count(network, side, head=True))
     graph, *numbers = steps.take_apart(network)
-    params = sum(value.size for value in numbers[0].values())
-    found.append({"params": params, "macs": macs})
+    graphs.append(graph)
+    if graph in calls["latency"]:
+      continue
     forward = steps.make_predict(graph, bench.source.mean, bench.source.std)
     for kind, devices, images in (
       ("latency", one, 1),
@@ -675,21 +686,33 @@ def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, Any]]:
       pixels = np.random.default_rng(config.seed).integers(
         0, 256, (images, side, side, 3), np.uint8
       )
-      calls[kind].append(
-        functools.partial(
-          devices.compile(forward),
-          devices.replicate(tuple(numbers)),
-          devices.put(pixels),
-        )
+      calls[kind][graph] = functools.partial(
+        devices.compile(forward),
+        devices.replicate(tuple(numbers)),
+        devices.put(pixels),
       )
-  speeds["latency"] = cost.measure_forward(calls["latency"], 1, repeats=30)
-  speeds["throughput"] = cost.measure_forward(calls["throughput"], size)
-  for row, latency, throughput in zip(
-    found, speeds["latency"], speeds["throughput"], strict=True
-  ):
-    row["latency_ms"] = 1000 / latency.median
-    row["images_per_second"] = throughput.median
-  return found
+  latency, throughput = (
+    dict(
+      zip(
+        of_kind,
+        cost.measure_forward(list(of_kind.values()), images, **settings),
+        strict=True,
+      )
+    )
+    for of_kind, images, settings in (
+      (calls["latency"], 1, {"repeats": 30}),
+      (calls["throughput"], size, {}),
+    )
+  )
+  return [
+    {
+      "params": params,
+      "macs": macs,
+      "latency_ms": 1000 / latency[graph].median,
+      "images_per_second": throughput[graph].median,
+    }
+    for (params, macs), graph in zip(counts, graphs, strict=True)
+  ]
 
 
 def _export(
@@ -723,22 +746,25 @@ def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
   wholes = [
     row
     for row in table
-    if row["cut"] == plan.whole
-    and row["method"] in ("ttl", "ftl")
-    and row["weights"] == bench.began_with
+    if row["method"] == "ftl" and row["weights"] == bench.began_with
   ]
   if chosen in wholes:
     text = f"Do not cut {plan.network}: whole, it gives {said(chosen)}"
   else:
-    whole = wholes[0]
     text = (
       f"Cut {plan.network} after {chosen['cut']}: fine-tuned, it gives"
-      f" {said(chosen)} against {said(whole)} for the whole network, with"
-      f" {tables.percent(chosen['params'], whole['params'])} of the parameters"
-      " and"
-      f" {chosen['images_per_second'] / whole['images_per_second']:.1f}x the"
-      " speed"
+      f" {said(chosen)}"
     )
+    if not wholes:
+      text += "; the whole network could not be trained"
+    for whole in wholes:
+      text += (
+        f" against {said(whole)} for the whole network, with"
+        f" {tables.percent(chosen['params'], whole['params'])} of the"
+        " parameters and"
+        f" {chosen['images_per_second'] / whole['images_per_second']:.1f}x the"
+        " speed"
+      )
   scored = [
     row
     for row in table
@@ -818,35 +844,55 @@ class _Bench:
       Unit(method, cut, weights, repeat) for repeat in range(self.plan.repeats)
     )
 
-  def so_far(self, method: str, cut: str) -> float:
-    """Returns the mean validation metric of paused or finished trainings."""
-    found = [
-      self.read(unit, "done.json") or self.read(unit, "paused.json")
-      for unit in self.units(method, cut)
-    ]
-    values = [r and r["val"][self.config.metric] for r in found]
-    return -np.inf if None in values else float(np.mean(values))
+  def so_far(self, method: str, cut: str, epochs: int) -> float:
+    """Returns the mean validation metric after so many epochs.
+
+    Whatever was trained since has no part in it: a run that goes on after a
+    stop, or beside another, drops the same cuts.
+    """
+    values = []
+    for unit in self.units(method, cut):
+      records = self.epochs(unit)[:epochs]
+      if self.state(unit) == "failed" and len(records) < epochs:
+        return -np.inf
+      best = loop.best_epoch(records, self.config.epoch_metric)
+      values.append(_number(records[best - 1]["val"][self.config.metric]))
+    mean = float(np.mean(values))
+    return mean if np.isfinite(mean) else -np.inf
+
+  def images(self, split: str) -> int:
+    """Returns how many images of a split the mean of all repeats is of."""
+    divisions = {id(data): data for data in self.data}
+    return sum(len(data.rows[split]) for data in divisions.values())
+
+  def of_repeat(self, unit: Unit, split: str) -> dict[str, int]:
+    """Returns what sets a repeat's measurement apart from that of the mean."""
+    rows = self.data[unit.repeat].rows[split]
+    return {"seed": unit.repeat, "n": len(rows)}
 
   def searched(
     self, method: str, stage: str, cut: str, stopped: str | None
   ) -> Searched:
     """Reads what the trainings of a cut came to."""
     units = self.units(method, cut)
-    records = [self.read(unit, "done.json") for unit in units]
+    records = [
+      self.read(unit, "done.json") or self.read(unit, "paused.json")
+      for unit in units
+    ]
     values = tuple(_number(r and r["val"][self.config.metric]) for r in records)
-    if stopped is None and None in records:
-      failed = sum(record is None for record in records)
-      stopped = f"{failed} of {len(units)} trainings failed"
+    if failed := [unit for unit in units if self.state(unit) == "failed"]:
+      stopped = f"{len(failed)} of {len(units)} trainings failed"
     return Searched(method, stage, cut, values, stopped)
 
-  def choose(self, search: Sequence[Searched], method: str) -> Searched:
+  def choose(self, search: Sequence[Searched], method: str) -> Searched | None:
     """Returns a method's cut by validation alone.
 
     Where a shallower cut is a smaller network, the shallowest of those that
-    are within the tolerance of the best; the best otherwise.
+    are within the tolerance of the best; the best otherwise. None where
+    nothing can be chosen.
 
     Raises:
-      RunError: none can be chosen.
+      RunError: nothing can be chosen of TTL, which the job is about.
     """
     of = sorted(
       (s for s in search if s.method == method),
@@ -854,6 +900,8 @@ class _Bench:
     )
     best = max(of, key=lambda s: s.value)
     if not np.isfinite(best.value):
+      if method != "ttl":
+        return None
       raise errors.RunError(
         f"no cut of {method} has a validation {self.config.metric}; see"
         f" {self.path / 'units'}: failed.json there says why; remove it to try"
@@ -933,12 +981,18 @@ class _Bench:
       worked = False
       for unit in list(left):
         if self.state(unit, stop_after) == "open":
-          with _lock(self.directory(unit) / ".lock", wait=False) as taken:
+          path = self.directory(unit) / ".lock"
+          with workdirs.lock(path, wait=False) as taken:
             if not taken:
               continue
             if self.state(unit, stop_after) == "open":
               self._train(unit, stop_after)
               worked = True
+        if self.state(unit) == "done":
+          # Most of its bytes, and needed no more.
+          directory = self.directory(unit)
+          shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+          (directory / "paused.json").unlink(missing_ok=True)
         left.remove(unit)
       if left and not worked:
         time.sleep(_LOOK)
@@ -988,10 +1042,8 @@ class _Bench:
     best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
     loading.export(best, directory / "model.safetensors", self.source.card())
     _save(directory / "val.npz", training.predict(fitted.numbers, ["val"]))
+    record["failures"] = training.failures
     files.write_json(directory / "done.json", record)
-    # What a finished training needs no more is most of its bytes.
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    (directory / "paused.json").unlink(missing_ok=True)
 
   def trained(self, unit: Unit) -> Network:
     """Returns the network that a finished unit ended with."""
@@ -1001,9 +1053,11 @@ class _Bench:
     return network
 
   def epochs(self, unit: Unit) -> list[dict[str, Any]]:
-    """Returns the epochs of a finished training."""
+    """Returns the epochs that a training has behind it."""
     path = self.directory(unit) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    # Another process may be writing the last line.
+    *lines, _ = text.split("\n")
     return loop.epochs_of([json.loads(line) for line in lines])
 
   def scores(self, units: Sequence[Unit], split: str) -> dict[str, Score]:
@@ -1013,8 +1067,8 @@ class _Bench:
       data = self.data[unit.repeat]
       rows, logits = self.outputs(unit, split)
       labels = data.examples.labels[rows]
-      weights = bootstrap.resample_weights(
-        labels, data.groups_of(rows), self.config.resamples, self.config.seed
+      weights = data.resample(
+        rows, self.config.many_labels, self.config.resamples, self.config.seed
       )
       loss = trial.make_loss(self.config, data)
       of = loss, data.names, labels, logits
@@ -1035,7 +1089,7 @@ class _Bench:
     """Returns the best of a row's repeats, and its score, by validation."""
     records = [self.read(unit, "done.json") for unit in row.units]
     values = [_number(r["val"][self.config.metric]) for r in records]
-    at = int(np.nanargmax(values))
+    at = int(np.argmax(np.nan_to_num(values, nan=-np.inf)))
     return row.units[at], values[at]
 
   def evaluated(self, row: Row) -> dict[str, Any]:
@@ -1057,11 +1111,13 @@ class _Bench:
       network = self.trained(unit)
       training = self.training(unit, network)
       _, params, statistics = steps.take_apart(network)
-      _save(path, training.predict((params, statistics), [split]))
+      predicted = training.predict((params, statistics), [split])
+      # The outputs last: once they are there, nothing is read again.
       files.write_json(
         path.with_name(f"{split}_failures.json"),
         {"failures": training.failures},
       )
+      _save(path, predicted)
     with np.load(path, allow_pickle=False) as stored:
       return stored["rows"], stored["logits"]
 
@@ -1072,19 +1128,6 @@ def _save(
   ((rows, logits),) = outputs.values()
   with files.atomic_path(path) as temporary, open(temporary, "wb") as f:
     np.savez(f, rows=rows, logits=logits)
-
-
-@contextlib.contextmanager
-def _lock(path: pathlib.Path, wait: bool) -> Iterator[bool]:
-  """Takes a lock that the kernel lets go when the process ends."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      yield False
-      return
-    yield True
 
 
 def _said(value: float | None) -> str:

@@ -489,7 +489,7 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     "parameters",
     "MACs",
     "latency, batch 1",
-    "images/s, batch 64",
+    f"images/s, batch {summary.get('cost_batch_size') or tables.ABSENT}",
     "training",
   ]
   kept = [
@@ -608,8 +608,8 @@ def failure_table(summary: Mapping[str, Any]) -> Html | None:
   if not failed:
     return None
   return tables.table(
-    "These could not be trained or measured; the rest went on without them."
-    " Means above are over those that were.",
+    "These could not be trained; the rest went on without them. A cut that"
+    " lacks a training was not chosen, and no network that lacks one tested.",
     ["what", "why"],
     [
       [

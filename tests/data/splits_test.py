@@ -1,6 +1,7 @@
 """Splits that share no patient and have the same mix of labels."""
 
 import collections
+import copy
 import json
 
 import numpy as np
@@ -242,3 +243,28 @@ def test_a_split_of_few_patients_is_said_to_be_rough(tmp_path, patients, said):
   examples = sources.open_source(config.data)
   _, notes = splits.divide(config, examples, tmp_path / "splits.json")
   assert any("test split holds" in note for note in notes) == said, notes
+
+
+def test_stored_folds_are_read_back_and_checked(tmp_path):
+  """A splits.json that puts a patient into two splits of a fold is refused;
+  splits that the source gives are not used, and that is said."""
+  manifest = configs.write_tiles(tmp_path, 4, 90, per_patient=3)
+  config = configs.load("truncate", "resnet18")
+  config.data.source = str(manifest)
+  config.folds = 3
+  examples = sources.open_source(config.data)
+  given = copy.copy(examples)
+  given.splits = ["train"] * 90
+  path = tmp_path / "splits.json"
+  drawn, notes = splits.divide_folds(config, given, path)
+  assert "the source's own splits are not used" in notes[0]
+  joined = splits.join_folds(drawn)
+  splits.save_splits(path, joined, examples.names)
+  again, notes = splits.divide_folds(config, examples, path)
+  assert not any("own splits" in note for note in notes)
+  for one, other in zip(drawn, again, strict=True):
+    assert all(np.array_equal(one[name], other[name]) for name in splits.SPLITS)
+  joined["train1"] = np.append(joined["train1"], joined["test1"][0])
+  splits.save_splits(path, joined, examples.names)
+  with pytest.raises(UsageError, match="train and test"):
+    splits.divide_folds(config, examples, path)

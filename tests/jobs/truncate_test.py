@@ -179,8 +179,11 @@ def test_halving_drops_cuts_and_changes_no_other(finished, source, tmp_path):
   _run(_config(source, halving=1, methods="ttl", taps="blocks"), path)
   summary = _results(path)["summary"]
   assert "halving" in summary["halving"]
-  stopped = [one["cut"] for one in summary["search"] if one["stopped"]]
+  stopped = {one["cut"] for one in summary["search"] if one["stopped"]}
   assert stopped and "block4" not in stopped
+  # They are drawn with what they came to, and stand in no other measurement.
+  assert all(one["value"] is not None for one in summary["search"])
+  assert not stopped & {row["tap"] for row in _results(path)["measurements"]}
   for unit in (path / "units").iterdir():
     if unit.name.split("-")[1] in stopped:
       assert json.loads((unit / "paused.json").read_text())["epoch"] == 1
@@ -192,31 +195,130 @@ def test_halving_drops_cuts_and_changes_no_other(finished, source, tmp_path):
       assert all(np.array_equal(found[n], numbers[n]) for n in numbers)
 
 
+def test_halving_is_the_same_when_it_is_done_again(source, tmp_path):
+  """What was trained after a round has no part in it: gone through a second
+  time, as after a stop, with everything trained, it drops the same cuts."""
+  path = tmp_path / "run"
+  config = _config(source, halving=1, methods="ttl", taps="blocks", seeds=1)
+  _run(config, path)
+  before = _results(path)["summary"]["search"]
+  # What a survivor came to later would turn the order around.
+  for unit in path.glob("units/*/done.json"):
+    record = json.loads(unit.read_text())
+    record["val"]["auroc"] *= 1e-3
+    unit.write_text(json.dumps(record))
+  (path / "results.json").unlink()
+  _run(config, path)
+  after = _results(path)["summary"]["search"]
+  assert [(one["cut"], one["stopped"]) for one in before] == [
+    (one["cut"], one["stopped"]) for one in after
+  ]
+
+
 def test_every_image_is_tested_once_by_folds(source, tmp_path):
   path = tmp_path / "run"
   config = _config(source, folds=3, methods="ttl", taps="block1")
   assert _run(config, path) == 0
-  summary = _results(path)["summary"]
-  assert summary["repeats"] == "3 folds"
-  rows = [np.load(p)["rows"] for p in path.glob("units/ttl-block4*/test.npz")]
+  results = _results(path)
+  assert results["summary"]["repeats"] == "3 folds"
+  assert results["summary"]["rows"] == {"each tested once": 80}
+  rows = [
+    np.load(p)["rows"] for p in sorted(path.glob("units/ttl-block4*/test.npz"))
+  ]
   assert sorted(np.concatenate(rows)) == list(range(80))
+  counts = {
+    row["seed"]: row["n"]
+    for row in results["measurements"]
+    if row["metric"] == "auroc" and row["split"] == "test"
+  }
+  assert counts == {None: 80, **{i: len(of) for i, of in enumerate(rows)}}
 
 
-def test_a_failed_training_is_reported_and_the_rest_go_on(source, tmp_path):
-  """Of a cut with a failed training nothing is chosen; the run says so and
-  ends with 1."""
+def _fail(path, unit):
+  (path / "units" / unit).mkdir(parents=True)
+  reason = json.dumps({"reason": "the loss is nan"})
+  (path / "units" / unit / "failed.json").write_text(reason)
+
+
+@pytest.mark.parametrize("cut", ["block2", "block4"])
+def test_a_failed_training_is_reported_and_the_rest_go_on(
+  source, tmp_path, cut
+):
+  """Of a cut with a failed training nothing is chosen, and where it is the
+  whole network nothing is compared with it; the run says so and ends with 1."""
   path = tmp_path / "run"
-  unit = path / "units" / "ttl-block2-random-0"
-  unit.mkdir(parents=True)
-  (unit / "failed.json").write_text(json.dumps({"reason": "the loss is nan"}))
+  _fail(path, f"ttl-{cut}-random-0")
   assert _run(_config(source, methods="ttl", seeds=1), path) == 1
   summary = _results(path)["summary"]
   assert summary["failed"] == [
-    {"unit": "ttl-block2-random-0", "reason": "the loss is nan"}
+    {"unit": f"ttl-{cut}-random-0", "reason": "the loss is nan"}
   ]
   stopped = {one["cut"]: one["stopped"] for one in summary["search"]}
-  assert stopped["block2"] == "1 of 1 trainings failed"
-  assert stopped["block1"] is None and summary["cut"] != "block2"
+  assert stopped.pop(cut) == "1 of 1 trainings failed"
+  assert not any(stopped.values()) and summary["cut"] != cut
+  tested = {row["cut"] for row in summary["table"]}
+  assert tested and cut not in tested
+  missing = "could not be trained" in summary["sentence"]
+  assert missing == (cut == "block4")
+
+
+def test_a_baseline_that_fails_everywhere_is_left_out(source, tmp_path):
+  path = tmp_path / "run"
+  for cut in ("block1", "block2"):
+    _fail(path, f"lwft-{cut}-random-0")
+  assert _run(_config(source, seeds=1), path) == 1
+  summary = _results(path)["summary"]
+  assert {row["method"] for row in summary["table"]} <= {"ttl", "ftl"}
+  assert len(summary["failed"]) == 2
+
+
+def test_every_baseline_stands_in_the_table(finished, source, tmp_path):
+  """Both stages and all methods, from weights: each row of the table is there
+  a second time from random ones, and the small network once."""
+  weights = finished / "units" / "ttl-block4-random-0" / "model.safetensors"
+  config = _config(
+    source,
+    methods="ttl,lwft,fat,tf",
+    taps="block2",
+    layer_step=1,
+    layerwise="ttl,lwft",
+    small="cbr_tiny",
+    seeds=1,
+    epochs=1,
+    **{"network.weights": str(weights)},
+  )
+  path = tmp_path / "run"
+  assert _run(config, path) == 0
+  results = _results(path)
+  summary = results["summary"]
+  second = {
+    method: {
+      one["cut"]
+      for one in summary["search"]
+      if (one["method"], one["stage"]) == (method, "layers")
+    }
+    for method in ("ttl", "lwft", "fat", "tf")
+  }
+  # Around block2 both, around the whole network what lies between.
+  assert second["ttl"] in ({"block1", "block3"}, {"block3"})
+  assert second["lwft"] == {"block1", "block3"}
+  assert not second["fat"] | second["tf"]
+  rows = summary["table"]
+  of = collections.defaultdict(set)
+  for row in rows:
+    of[row["weights"]].add((row["name"], row["cut"]))
+  small = {("cbr_tiny", None)}
+  assert of["pretrained"] and of["random"] - small == of["pretrained"]
+  methods = {row["method"] for row in rows}
+  assert methods >= {"ftl", "lwft", "fat", "tf", "cbr_tiny"}
+  assert sum(row["chosen"] for row in rows) == 1
+  named = {
+    (row["probe"], row["network"], row["weights"])
+    for row in results["measurements"]
+    if row["split"] == "test"
+  }
+  assert ("cbr_tiny", "cbr_tiny", "random") in named
+  assert ("ftl", "cbr_tiny", "model.safetensors") in named
 
 
 def test_unreadable_images_are_listed_whatever_split_they_are_in(
@@ -375,6 +477,7 @@ def test_methods_train_what_they_say(source):
     ({"halving": -1}, "config.halving"),
     ({"network.until": "block1"}, "block2"),
     ({"taps": "block9"}, "block9"),
+    ({"taps": "block4"}, "--config.methods=ttl"),
   ],
 )
 def test_mistakes_are_said_before_any_work(source, tmp_path, changes, says):

@@ -592,8 +592,8 @@ def _report(
       "repeats": repeats,
       "tolerance": config.tolerance,
       "halving": (
-        f"Successive halving: the worse half of each method's cuts was dropped"
-        f" {config.halving} times before the last epoch."
+        f"Successive halving, {config.halving} x: the worse half of each"
+        " method's cuts was dropped before the last epoch."
         if config.halving
         else None
       ),

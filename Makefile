@@ -13,11 +13,14 @@ WORKERS ?= 2
 
 install: $(INSTALLED)
 
+# Without compat Python takes a clone, seen from the folder it is in, for an empty
+# package of that name.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "jaxtransfer needs Python >= 3.11: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]' \
+	  --config-settings editable_mode=compat
 	touch $@
 
 quickstart: $(INSTALLED)

@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     ) as claimed:
       if claimed.finished:
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
-        return 0
+        return claimed.report_failures()
       print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
       job = importlib.import_module(module)
       parallel = importlib.import_module("jaxtransfer.parallel")

@@ -114,6 +114,40 @@ class Workdir:
     """
     return self._processes.meet((self.path / "results.json").exists())
 
+  def finish(self, results: Mapping[str, Any]) -> int:
+    """Writes results.json, the sign that the run is finished, and tells it.
+
+    Args:
+      results: `summary` and `measurements`.
+
+    Returns:
+      The exit code.
+    """
+    files.write_json(self.path / "results.json", results)
+    print(
+      f"\n{results['summary']['sentence']}\n\n{self.path / 'report.html'}",
+      flush=True,
+    )
+    return self.report_failures()
+
+  def report_failures(self) -> int:
+    """Says what a finished run had to leave out.
+
+    Returns:
+      The exit code: 0, or 1 where something was left out.
+    """
+    if not self.writes:
+      return 0
+    text = (self.path / "results.json").read_text(encoding="utf-8")
+    summary = json.loads(text)["summary"]
+    unreadable, failed = summary.get("failures"), summary.get("failed")
+    if unreadable:
+      path = self.path / "failures.csv"
+      print(f"Images that could not be read: {unreadable:,}; see {path}")
+    if failed:
+      print(f"Trainings that failed: {len(failed):,}; see the report")
+    return 1 if unreadable or failed else 0
+
 
 @contextlib.contextmanager
 def claim(

@@ -70,3 +70,25 @@ def test_config_json_says_what_ran(tmp_path):
   assert stored["config"] == CONFIG
   assert stored["run"]["command"] == "jaxtransfer --x"
   assert "jax" in stored["run"]["versions"]
+
+
+@pytest.mark.parametrize(
+  ("left_out", "code", "says"),
+  [
+    ({}, 0, ""),
+    ({"failures": 0, "failed": []}, 0, ""),
+    ({"failures": 2}, 1, "could not be read: 2; see"),
+    ({"failed": [{"unit": "a"}]}, 1, "Trainings that failed: 1"),
+  ],
+)
+def test_a_finished_run_says_what_it_left_out(
+  tmp_path, capsys, left_out, code, says
+):
+  """At its end, and again when it is asked for a second time."""
+  with workdir.claim(tmp_path, CONFIG, "command") as run:
+    summary = {"sentence": "Cut.", **left_out}
+    assert run.finish({"summary": summary, "measurements": []}) == code
+    said = capsys.readouterr().out
+    assert "Cut." in said and "report.html" in said and says in said
+    assert run.finished and run.report_failures() == code
+    assert says in capsys.readouterr().out

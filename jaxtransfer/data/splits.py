@@ -533,7 +533,6 @@ def load_splits(
     example = next(iter(sorted(old ^ new)), "the order of rows")
     raise UsageError(
       f"{path}: the source has changed since: {len(new - old)} images are"
-      f" new, {len(old - new)} gone ({example}); use another workdir, or"
-      " remove the file to draw new splits"
+      f" new, {len(old - new)} gone ({example}); use another workdir"
     )
   return splits

@@ -134,12 +134,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     source.card() | trial.card(config, data, evaluated),
   )
   page.write(workdir.path, results)
-  # Last of all: it is the sign that the run is finished.
-  files.write_json(workdir.path / "results.json", results)
-  print(
-    f"\n{summary['sentence']}\n\n{workdir.path / 'report.html'}", flush=True
-  )
-  return 1 if unreadable else 0
+  return workdir.finish(results)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:

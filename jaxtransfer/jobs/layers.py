@@ -173,13 +173,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   }
   summary["notes"] = [*examples.notes, *notes, *summary["notes"]]
   page.write(workdir.path, results)
-  # Last of all: it is the sign that the run is finished.
-  files.write_json(workdir.path / "results.json", results)
   _print(results)
-  print(
-    f"\n{summary['sentence']}\n\n{workdir.path / 'report.html'}", flush=True
-  )
-  return 1 if failures else 0
+  return workdir.finish(results)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:

@@ -186,16 +186,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   # Whoever comes first reads the test split and writes; the others wait.
   with workdirs.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
-      return json.loads((workdir.path / "results.json").read_text())["code"]
+      return workdir.report_failures()
     results = _report(bench, search, rows, begun)
     page.write(workdir.path, results)
-    # Last of all: it is the sign that the run is finished.
-    files.write_json(workdir.path / "results.json", results)
-  summary = results["summary"]
-  print(
-    f"\n{summary['sentence']}\n\n{workdir.path / 'report.html'}", flush=True
-  )
-  return results["code"]
+    return workdir.finish(results)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -267,6 +261,7 @@ def _open(
   config: ml_collections.ConfigDict, plan: Plan, path: pathlib.Path
 ) -> list[trial.Data]:
   """Opens the source and divides it, once for all seeds or for every fold."""
+  trial.check_splits(path)
   if not config.folds:
     return [trial.open_data(config, path)] * plan.repeats
   examples, names, targets = trial.open_labelled(config)
@@ -561,7 +556,6 @@ def _report(
   units_of_test = "images" if groups is None else "groups"
   return {
     "job": "truncate",
-    "code": 1 if failed or unreadable else 0,
     "summary": {
       "sentence": _sentence(bench, table),
       "rule": (
@@ -731,6 +725,7 @@ def _export(
 
 def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
   plan, metric = bench.plan, bench.config.metric
+  name = plan.network + (f" up to {plan.until}" if plan.until else "")
   chosen = next(row for row in table if row["chosen"])
   word = tables.metric_name(metric)
 
@@ -749,11 +744,10 @@ def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
     if row["method"] == "ftl" and row["weights"] == bench.began_with
   ]
   if chosen in wholes:
-    text = f"Do not cut {plan.network}: whole, it gives {said(chosen)}"
+    text = f"Do not cut {name}: whole, it gives {said(chosen)}"
   else:
     text = (
-      f"Cut {plan.network} after {chosen['cut']}: fine-tuned, it gives"
-      f" {said(chosen)}"
+      f"Cut {name} after {chosen['cut']}: fine-tuned, it gives {said(chosen)}"
     )
     if not wholes:
       text += "; the whole network could not be trained"

@@ -22,8 +22,9 @@ def resample_weights(
   equally frequent ones the lowest), so that no class vanishes. Using the same
   weights for two networks or two taps makes their differences paired.
 
-  A class whose stratum is a single group is the same in every resample: an
-  interval cannot show how it would vary between patients.
+  Classes with a single group each are drawn as one stratum. Where there is one
+  such class, its group is in every resample: an interval cannot show how it
+  would vary between patients.
 
   Args:
     labels: (N,) int.
@@ -50,6 +51,10 @@ def resample_weights(
       raise ValueError(f"{len(groups)} groups for {len(labels)} labels")
     group = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
     majority = _majority(labels, group)
+  strata, sizes = np.unique(majority, return_counts=True)
+  single = np.isin(majority, strata[sizes == 1])
+  if single.any():
+    majority = np.where(single, majority[single].min(), majority)
   generator = np.random.default_rng(seed)
   counts = np.zeros((resamples, len(majority)), np.uint16)
   for label in np.unique(majority):

@@ -85,10 +85,16 @@ def open_data(
   Raises:
     UsageError: the source or its labels cannot be used.
   """
+  check_splits(splits)
   examples, names, targets = open_labelled(config)
   divided, notes = splitting.divide(
     config, examples, splits, every_class=not config.many_labels
   )
+  if len(divided["train"]) < config.batch_size:
+    notes.append(
+      f"The train split holds {len(divided['train'])} images, fewer than"
+      f" config.batch_size, {config.batch_size}: every epoch is one step."
+    )
   if config.many_labels:
     of_split = {s: targets[examples.labels[r]] for s, r in divided.items()}
     for split in ("val", "test"):
@@ -104,6 +110,24 @@ def open_data(
           " leave it out or change the splits"
         )
   return Data(examples, divided, names, targets, [*examples.notes, *notes])
+
+
+def check_splits(path: str | os.PathLike[str]) -> None:
+  """Refuses to draw splits anew beside what was trained on others.
+
+  Args:
+    path: of splits.json.
+
+  Raises:
+    UsageError: trainings have begun beside it, and it is gone.
+  """
+  path = pathlib.Path(path)
+  begun = ("checkpoints/*", "units/*/checkpoints", "units/*/done.json")
+  if not path.exists() and any(any(path.parent.glob(of)) for of in begun):
+    raise errors.UsageError(
+      f"{path} is gone, and other splits would test on what was trained on;"
+      " put it back or choose another --workdir"
+    )
 
 
 def open_labelled(

@@ -144,3 +144,16 @@ def test_interval_refuses():
     bootstrap.interval([1.0, 2.0], 95)
   with pytest.raises(ValueError, match="B > 0"):
     bootstrap.interval(np.zeros((3, 0)))
+
+
+def test_classes_of_one_patient_each_are_drawn_together():
+  """Otherwise every resample is the sample, and an interval has no width; a
+  class of several patients stays whole."""
+  labels = np.repeat([0, 1, 2, 3], [2, 2, 2, 6])
+  groups = np.array(list("aabbccddeeff"))
+  weights = bootstrap.resample_weights(labels, groups, 200, 0)
+  firsts = weights[:, [0, 2, 4]]
+  assert (firsts.sum(1) == 3).all() and len(np.unique(firsts, axis=0)) > 5
+  assert (weights[:, 6:].sum(1) == 6).all()
+  alone = bootstrap.resample_weights(labels[4:], groups[4:], 200, 0)
+  assert (alone[:, :2] == 1).all()

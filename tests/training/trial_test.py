@@ -186,3 +186,16 @@ def test_too_many_unreadable_images_do_not_hide_why_reading_ended():
     _trial(data, **strict)._batches("val") as batches,
   ):
     next(batches)
+
+
+@pytest.mark.parametrize(
+  "there", ["checkpoints/7", "units/ttl-a-random-0/checkpoints"]
+)
+def test_splits_are_not_drawn_anew_beside_what_was_trained(tmp_path, there):
+  """New splits would test on images that were trained on."""
+  trial.check_splits(tmp_path / "splits.json")
+  (tmp_path / there).mkdir(parents=True)
+  with pytest.raises(errors.UsageError, match="splits.json is gone"):
+    trial.check_splits(tmp_path / "splits.json")
+  (tmp_path / "splits.json").write_text("{}")
+  trial.check_splits(tmp_path / "splits.json")

@@ -1,5 +1,6 @@
 """The command line: one line and the right exit code for every mistake."""
 
+import json
 import pathlib
 import signal
 import subprocess
@@ -57,10 +58,14 @@ def test_the_short_form_of_the_source_means_the_key(tmp_path):
 
 
 def test_a_finished_directory_says_so_and_is_left_alone(tmp_path):
-  """results.json is written last, so it is the sign."""
-  (tmp_path / "results.json").write_text("{}")
-  done = _run(CONFIG, f"--workdir={tmp_path}")
-  assert done.returncode == 0 and "is finished" in done.stdout
+  """results.json is written last, so it is the sign; the exit code is that of
+  the run that wrote it."""
+  for failures in (0, 2):
+    results = json.dumps({"summary": {"failures": failures}})
+    (tmp_path / "results.json").write_text(results)
+    done = _run(CONFIG, f"--workdir={tmp_path}")
+    assert done.returncode == bool(failures) and "is finished" in done.stdout
+    assert ("failures.csv" in done.stdout) == bool(failures)
 
 
 def test_a_workdir_that_cannot_be_made_is_a_mistake_in_the_flag(tmp_path):

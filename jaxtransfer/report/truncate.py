@@ -498,7 +498,10 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     if not j or any(row[j] != tables.ABSENT for row in rows)
   ]
   words = "Test scores: mean"
-  if repeats := summary.get("repeats"):
+  repeats = str(summary.get("repeats") or "")
+  if repeats.startswith("1 "):
+    words = "Test scores of one training"
+  elif repeats:
     words += f" ± standard deviation over {repeats}"
   words += ", 95 % intervals in brackets. Training: mean of one run."
   if whole:

@@ -124,11 +124,9 @@ class Workdir:
       The exit code.
     """
     files.write_json(self.path / "results.json", results)
-    print(
-      f"\n{results['summary']['sentence']}\n\n{self.path / 'report.html'}",
-      flush=True,
-    )
-    return self.report_failures()
+    summary = results["summary"]
+    print(f"\n{summary['sentence']}\n\n{self.path / 'report.html'}", flush=True)
+    return self._report(summary)
 
   def report_failures(self) -> int:
     """Says what a finished run had to leave out.
@@ -139,7 +137,9 @@ class Workdir:
     if not self.writes:
       return 0
     text = (self.path / "results.json").read_text(encoding="utf-8")
-    summary = json.loads(text)["summary"]
+    return self._report(json.loads(text)["summary"])
+
+  def _report(self, summary: Mapping[str, Any]) -> int:
     unreadable, failed = summary.get("failures"), summary.get("failed")
     if unreadable:
       path = self.path / "failures.csv"

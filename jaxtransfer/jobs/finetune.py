@@ -190,11 +190,10 @@ def _results(
     tables.row(base | {"split": split, "n": n}, metric, value, interval)
     for split, metric, value, interval, n in evaluated["rows"]
   ]
-  params = sum(x.size for x in fitted.numbers[0].values())
-  size = config.data.image_size
+  params, macs = zoo.count(network, config.data.image_size, head=True)
   for name, value in (
     ("params", params),
-    ("macs", zoo.count(network, size, head=True)[1]),
+    ("macs", macs),
     ("temperature", evaluated["temperature"]),
     ("best_epoch", fitted.epoch),
   ):

@@ -261,9 +261,9 @@ def _open(
   config: ml_collections.ConfigDict, plan: Plan, path: pathlib.Path
 ) -> list[trial.Data]:
   """Opens the source and divides it, once for all seeds or for every fold."""
-  trial.check_splits(path)
   if not config.folds:
     return [trial.open_data(config, path)] * plan.repeats
+  trial.check_splits(path)
   examples, names, targets = trial.open_labelled(config)
   divisions, notes = splitting.divide_folds(config, examples, path)
   notes = [*examples.notes, *notes]
@@ -662,15 +662,16 @@ def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, Any]]:
   config = bench.config
   one = parallel.Devices(config.parallel, bench.devices.devices[:1])
   size = bench.devices.batch_size(config.cost_batch_size)
-  counts, graphs = [], []
-  calls: dict[str, dict] = {"latency": {}, "throughput": {}}
+  counts, places = [], []
+  known: dict[Any, int] = {}
+  calls: dict[str, list] = {"latency": [], "throughput": []}
   side = config.data.image_size
   for row in rows:
     network = bench.network(row.units[0])
     counts.append(zoo.count(network, side, head=True))
     graph, *numbers = steps.take_apart(network)
-    graphs.append(graph)
-    if graph in calls["latency"]:
+    places.append(known.setdefault(graph, len(known)))
+    if places[-1] < len(calls["latency"]):
       continue
     forward = steps.make_predict(graph, bench.source.mean, bench.source.std)
     for kind, devices, images in (
@@ -680,32 +681,23 @@ def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, Any]]:
       pixels = np.random.default_rng(config.seed).integers(
         0, 256, (images, side, side, 3), np.uint8
       )
-      calls[kind][graph] = functools.partial(
-        devices.compile(forward),
-        devices.replicate(tuple(numbers)),
-        devices.put(pixels),
+      calls[kind].append(
+        functools.partial(
+          devices.compile(forward),
+          devices.replicate(tuple(numbers)),
+          devices.put(pixels),
+        )
       )
-  latency, throughput = (
-    dict(
-      zip(
-        of_kind,
-        cost.measure_forward(list(of_kind.values()), images, **settings),
-        strict=True,
-      )
-    )
-    for of_kind, images, settings in (
-      (calls["latency"], 1, {"repeats": 30}),
-      (calls["throughput"], size, {}),
-    )
-  )
+  latency = cost.measure_forward(calls["latency"], 1, repeats=30)
+  throughput = cost.measure_forward(calls["throughput"], size)
   return [
     {
       "params": params,
       "macs": macs,
-      "latency_ms": 1000 / latency[graph].median,
-      "images_per_second": throughput[graph].median,
+      "latency_ms": 1000 / latency[place].median,
+      "images_per_second": throughput[place].median,
     }
-    for (params, macs), graph in zip(counts, graphs, strict=True)
+    for (params, macs), place in zip(counts, places, strict=True)
   ]
 
 
@@ -738,20 +730,23 @@ def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
       text += f" [{score['low']:.3f}, {score['high']:.3f}]"
     return f"{text} {word}"
 
-  wholes = [
-    row
-    for row in table
-    if row["method"] == "ftl" and row["weights"] == bench.began_with
-  ]
-  if chosen in wholes:
+  whole = next(
+    (
+      row
+      for row in table
+      if row["method"] == "ftl" and row["weights"] == bench.began_with
+    ),
+    None,
+  )
+  if chosen is whole:
     text = f"Do not cut {name}: whole, it gives {said(chosen)}"
   else:
     text = (
       f"Cut {name} after {chosen['cut']}: fine-tuned, it gives {said(chosen)}"
     )
-    if not wholes:
+    if whole is None:
       text += "; the whole network could not be trained"
-    for whole in wholes:
+    else:
       text += (
         f" against {said(whole)} for the whole network, with"
         f" {tables.percent(chosen['params'], whole['params'])} of the"
@@ -763,7 +758,7 @@ def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
     row
     for row in table
     if not row["chosen"]
-    and row not in wholes
+    and row is not whole
     and row["test"][metric]["mean"] is not None
   ]
   if scored:
@@ -856,8 +851,8 @@ class _Bench:
 
   def images(self, split: str) -> int:
     """Returns how many images of a split the mean of all repeats is of."""
-    divisions = {id(data): data for data in self.data}
-    return sum(len(data.rows[split]) for data in divisions.values())
+    divisions = self.data if self.config.folds else self.data[:1]
+    return sum(len(data.rows[split]) for data in divisions)
 
   def of_repeat(self, unit: Unit, split: str) -> dict[str, int]:
     """Returns what sets a repeat's measurement apart from that of the mean."""
@@ -1036,7 +1031,6 @@ class _Bench:
     best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
     loading.export(best, directory / "model.safetensors", self.source.card())
     _save(directory / "val.npz", training.predict(fitted.numbers, ["val"]))
-    record["failures"] = training.failures
     files.write_json(directory / "done.json", record)
 
   def trained(self, unit: Unit) -> Network:

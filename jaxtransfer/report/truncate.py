@@ -295,7 +295,7 @@ def _search_words(summary: Mapping[str, Any]) -> str:
   """Returns how the first figure is read, saying only what stands in it."""
   items = summary.get("search") or ()
   words = "Shallow cuts stand left. A point is "
-  single = all(len(item.get("values") or ()) == 1 for item in items)
+  single = _single(summary)
   repeats = summary.get("repeats") or "the repeats"
   words += "one training" if single else f"the mean over {repeats}"
   if not single and any(item.get("method") == "ttl" for item in items):
@@ -316,6 +316,12 @@ def _search_words(summary: Mapping[str, Any]) -> str:
       " was trained."
     )
   return words
+
+
+def _single(summary: Mapping[str, Any]) -> bool:
+  """Whether every cut was trained once."""
+  items = summary.get("search") or ()
+  return all(len(item.get("values") or ()) == 1 for item in items)
 
 
 def pareto(summary: Mapping[str, Any]) -> Figure | None:
@@ -498,10 +504,9 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     if not j or any(row[j] != tables.ABSENT for row in rows)
   ]
   words = "Test scores: mean"
-  repeats = str(summary.get("repeats") or "")
-  if repeats.startswith("1 "):
+  if _single(summary):
     words = "Test scores of one training"
-  elif repeats:
+  elif repeats := summary.get("repeats"):
     words += f" ± standard deviation over {repeats}"
   words += ", 95 % intervals in brackets. Training: mean of one run."
   if whole:

@@ -6,7 +6,9 @@ This module is jax-free until processes join: a mistake in the command line is
 said at once.
 """
 
+import contextlib
 import os
+import pathlib
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -18,6 +20,24 @@ INTERRUPTED = 130
 PREEMPTED = 143
 # The first process may still write the report when the others have done.
 _PATIENCE = 3600
+_HUGE_PAGES = "glibc.malloc.hugetlb"
+
+
+def use_huge_pages() -> None:
+  """Starts this process anew with its memory in huge pages, on Linux.
+
+  On CPU every step takes gigabytes from the system and gives them back, which
+  in pages of 4 kB costs up to a third of its time. glibc asks for larger ones
+  only where a variable said so when the process began. Nothing happens where
+  the variable is set, or where Linux gives all processes huge pages or none.
+  """
+  settings = os.environ.get("GLIBC_TUNABLES", "")
+  kernel = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  with contextlib.suppress(OSError):
+    if "[madvise]" in kernel.read_text() and _HUGE_PAGES not in settings:
+      settings = f"{settings}:" if settings else ""
+      os.environ["GLIBC_TUNABLES"] = f"{settings}{_HUGE_PAGES}=1"
+      os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 class One:

@@ -118,7 +118,6 @@ def main(argv: Sequence[str]) -> int:
       print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
       job = importlib.import_module(module)
       parallel = importlib.import_module("jaxtransfer.parallel")
-      parallel.keep_memory()
       parallel.cache_programs()
       if not _DISTRIBUTED.value:
         together = config.batch_size // max(1, config.get("accumulate", 1))
@@ -145,6 +144,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
   """The console script."""
+  hosts.use_huge_pages()
   # `--config.data=tiles.csv` is short for the key that names the source.
   sys.argv[1:] = [
     argument.replace("--config.data=", "--config.data.source=", 1)

@@ -8,13 +8,11 @@ batch; what comes back is the whole batch on all of them.
 
 import collections
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
 import pathlib
 import platform
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +31,6 @@ _ASKED = 2
 # Beyond, a device's part of a usual batch is too small to be worth a copy of
 # the parameters.
 _MOST_PROCESSORS = 8
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def cache_programs() -> None:
@@ -68,19 +64,6 @@ def use_processors(batch_size: int) -> None:
   while count > pipeline.processors() or batch_size % count:
     count //= 2
   jax.config.update("jax_num_cpu_devices", count)
-
-
-def keep_memory() -> None:
-  """Lets the C library keep freed memory, where it is glibc's.
-
-  On CPU a step takes hundreds of megabytes and gives them back; fetching them
-  from the system page by page each time costs up to a sixth of the step.
-  """
-  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-  if hasattr(libc, "mallopt"):
-    libc.mallopt(_M_ARENA_MAX, 1)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def is_first() -> bool:

@@ -7,6 +7,7 @@ is known, not when the function is traced.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -61,8 +62,10 @@ def _conv2d(
   def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if groups > 1:
       return _convolve_groups(x, kernel, stride, groups, precision)
-    if _tiles_pay(x, kernel, stride):
+    if _tiles_pay(x, kernel.shape, stride):
       return _convolve_tiles(x, kernel, precision)
+    if _few_pixels(x, kernel.shape, stride):
+      return _convolve_patches(x, kernel, stride, precision)
     return native(x, kernel)
 
   return lax.platform_dependent(x_NHWC, kernel_HWIO, cpu=cpu, default=native)
@@ -99,9 +102,9 @@ def _conv2d_backward(
 
       return jax.vjp(convolve_groups, x, kernel)[1](dy)
     turned_HWIO = kernel[::-1, ::-1].swapaxes(2, 3)
-    if _tiles_pay(dy, turned_HWIO, stride):
-      dx = _convolve_tiles(dy, turned_HWIO, precision)
-    elif _few_pixels(*dy.shape[1:]):
+    if _tiles_pay(dy, turned_HWIO.shape, stride):
+      dx = _convolve_tiles(dy, turned_HWIO, precision, turned=True)
+    elif kernel.shape[0] == 3:
       # XLA's would first turn the kernel around in memory.
       def convolve_patches(x: jax.Array) -> jax.Array:
         return _convolve_patches(x, kernel, stride, precision)
@@ -109,7 +112,7 @@ def _conv2d_backward(
       dx = jax.vjp(convolve_patches, x)[1](dy)[0]
     else:
       dx = jax.vjp(lambda x: convolve(x, kernel), x)[1](dy)[0]
-    return dx, _kernel_gradient(x, dy, kernel.shape[0], stride, precision)
+    return dx, _kernel_gradient(x, dy, kernel.shape, stride, precision)
 
   return lax.platform_dependent(*operands, dy_NHWC, cpu=cpu, default=native)
 
@@ -151,93 +154,182 @@ def _multiply(
   Flat: of a product that sums over three axes, as the kernel's gradient would,
   XLA's CPU compiler first turns both sides around in memory.
   """
-  y = jnp.matmul(_flat(x_NHWC), kernel_IO, precision=precision)
+  y = _matmul(_flat(x_NHWC), kernel_IO, precision)
   return y.reshape(*x_NHWC.shape[:3], -1)
 
 
-# A matrix of patches beyond it does not stay in a processor's cache.
-_MOST_PATCHES = 2**21
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(
+  x: jax.Array, kernel_IO: jax.Array, precision: lax.Precision | None
+) -> jax.Array:
+  return jnp.matmul(x, kernel_IO, precision=precision)
+
+
+def _matmul_forward(
+  x: jax.Array, kernel_IO: jax.Array, precision: lax.Precision | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _matmul(x, kernel_IO, precision), (x, kernel_IO)
+
+
+def _matmul_backward(
+  precision: lax.Precision | None,
+  operands: tuple[jax.Array, jax.Array],
+  dy: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  x, kernel_IO = operands
+  dkernel_IO = lax.platform_dependent(
+    x,
+    dy,
+    cpu=functools.partial(_sum_products, precision=precision),
+    default=lambda x, dy: jnp.matmul(x.T, dy, precision=precision),
+  )
+  return jnp.matmul(dy, kernel_IO.T, precision=precision), dkernel_IO
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _sum_products(
+  left: jax.Array, right: jax.Array, precision: lax.Precision | None
+) -> jax.Array:
+  """Returns left.T @ right, on CPU.
+
+  XLA's CPU product is up to a third slower with the wider side turned around.
+  The barrier keeps the compiler from exchanging the sides again.
+  """
+  if left.shape[1] <= right.shape[1]:
+    return jnp.matmul(left.T, right, precision=precision)
+  product = jnp.matmul(right.T, left, precision=precision)
+  return lax.optimization_barrier(product).T
+
+
+# Numbers laid out beyond it do not stay in a processor's cache.
+_MOST_IN_CACHE = 2**21
 
 
 def _kernel_gradient(
+  x_NHWC: jax.Array,
+  dy_NHWC: jax.Array,
+  shape_HWIO: tuple[int, ...],
+  stride: int,
+  precision: lax.Precision | None,
+) -> jax.Array:
+  """The kernel's gradient as products of laid out pixels, on CPU.
+
+  XLA's own, a convolution with a kernel as large as the image, takes twice as
+  long and more. The images are taken in parts that stay in cache.
+
+  Args:
+    x_NHWC: the convolution's input.
+    dy_NHWC: the gradient of its output.
+    shape_HWIO: the kernel's, (size, size, C, channels out).
+    stride: of the convolution.
+    precision: of the products.
+
+  Returns:
+    The gradient, in the kernel's shape.
+  """
+  batch, height, width, channels_out = dy_NHWC.shape
+  size, _, channels_in, _ = shape_HWIO
+  if _tiles_pay(x_NHWC, shape_HWIO, stride):
+    gradient = functools.partial(_kernel_gradient_tiles, precision=precision)
+    per_pixel = 1.5 * (channels_in + 3 * channels_out)
+  elif stride == 1 and height >= 4 * size:
+    gradient = functools.partial(
+      _kernel_gradient_both, size=size, precision=precision
+    )
+    per_pixel = size * (channels_in + channels_out)
+  else:
+    gradient = functools.partial(
+      _kernel_gradient_patches, size=size, stride=stride, precision=precision
+    )
+    per_pixel = size * size * channels_in
+  part = max(
+    n
+    for n in range(1, batch + 1)
+    if batch % n == 0
+    and (n == 1 or n * height * width * per_pixel <= _MOST_IN_CACHE)
+  )
+  if part == batch:
+    return gradient(x_NHWC, dy_NHWC)
+
+  def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    images = (
+      lax.dynamic_slice_in_dim(array, i * part, part)
+      for array in (x_NHWC, dy_NHWC)
+    )
+    return total + gradient(*images)
+
+  return lax.fori_loop(
+    0, batch // part, add, jnp.zeros(shape_HWIO, dy_NHWC.dtype)
+  )
+
+
+def _kernel_gradient_patches(
   x_NHWC: jax.Array,
   dy_NHWC: jax.Array,
   size: int,
   stride: int,
   precision: lax.Precision | None,
 ) -> jax.Array:
-  """The kernel's gradient as one product of laid out patches, on CPU.
+  """The kernel's gradient with every pixel's patch laid out."""
+  _, height, width, channels_out = dy_NHWC.shape
+  border = (size // 2, size // 2 + stride - 1)
+  x_NHWC = jnp.pad(x_NHWC, ((0, 0), border, border, (0, 0)))
+  left = _shifts(x_NHWC, (size, size), (height, width), stride)
+  total = _sum_products(_flat(left), _flat(dy_NHWC), precision)
+  return total.reshape(size, size, -1, channels_out)
 
-  XLA's own, a convolution with a kernel as large as the image, takes twice as
-  long. The images are taken in parts, so that the patches stay in cache.
+
+def _kernel_gradient_both(
+  x_NHWC: jax.Array,
+  dy_NHWC: jax.Array,
+  size: int,
+  precision: lax.Precision | None,
+) -> jax.Array:
+  """The same where the stride is 1, columns shifted here and rows there.
+
+  What is laid out is narrower by the kernel's size; but rows of zeros are
+  multiplied too.
+  """
+  _, height, width, channels_out = dy_NHWC.shape
+  border, rows = (size // 2, size // 2), height + size - 1
+  x_NHWC = jnp.pad(x_NHWC, ((0, 0), border, border, (0, 0)))
+  left = _shifts(x_NHWC, (1, size), (rows, width))
+  dy_NHWC = jnp.pad(dy_NHWC, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
+  right = _shifts(dy_NHWC, (size, 1), (rows, width))
+  total = _sum_products(_flat(left), _flat(right), precision)
+  # The first of the output's shifts meets the kernel's last row.
+  total = total.reshape(size, -1, size, channels_out)
+  return total.transpose(2, 0, 1, 3)[::-1]
+
+
+def _shifts(
+  array_NHWC: jax.Array,
+  shifts: tuple[int, int],
+  size: tuple[int, int],
+  stride: int = 1,
+) -> jax.Array:
+  """Lays out every pixel with those below and to the right of it.
 
   Args:
-    x_NHWC: the convolution's input.
-    dy_NHWC: the gradient of its output.
-    size: side of the kernel.
-    stride: of the convolution.
-    precision: of the products.
+    array_NHWC: (N, H, W, C).
+    shifts: how many rows and columns of them.
+    size: rows and columns of the result.
+    stride: pixels from one to the next.
 
   Returns:
-    (size, size, C, channels out).
+    (N, rows, columns, shifts C), column shifts varying faster than row shifts.
   """
-  height, width = dy_NHWC.shape[1:3]
-  half = size // 2
-  # Shifted by columns in the input and by rows in the output, the patches are
-  # a third as wide; but rows of zeros are multiplied too.
-  both = stride == 1 and height >= 4 * size
-
-  def patches(
-    array_NHWC: jax.Array, rows: int, columns: int, high: int
-  ) -> jax.Array:
-    return jnp.concatenate(
-      [
-        array_NHWC[
-          :,
-          i : i + stride * (high - 1) + 1 : stride,
-          j : j + stride * (width - 1) + 1 : stride,
-        ]
-        for i in range(rows)
-        for j in range(columns)
-      ],
-      axis=-1,
-    )
-
-  def gradient(x_NHWC: jax.Array, dy_NHWC: jax.Array) -> jax.Array:
-    border = half + stride - 1
-    x_NHWC = jnp.pad(x_NHWC, ((0, 0), (half, border), (half, border), (0, 0)))
-    if both:
-      left = patches(x_NHWC, 1, size, height + 2 * half)
-      dy_NHWC = jnp.pad(dy_NHWC, ((0, 0), (2 * half, 2 * half), (0, 0), (0, 0)))
-      right = patches(dy_NHWC, size, 1, height + 2 * half)
-    else:
-      left, right = patches(x_NHWC, size, size, height), dy_NHWC
-    return jnp.matmul(_flat(left).T, _flat(right), precision=precision)
-
-  batch, channels_in = x_NHWC.shape[0], x_NHWC.shape[-1]
-  channels_out = dy_NHWC.shape[-1]
-  per_image = (
-    height
-    * width
-    * size
-    * (channels_in + channels_out if both else size * channels_in)
+  rows, columns = (stride * (n - 1) + 1 for n in size)
+  return jnp.concatenate(
+    [
+      array_NHWC[:, i : i + rows : stride, j : j + columns : stride]
+      for i in range(shifts[0])
+      for j in range(shifts[1])
+    ],
+    axis=-1,
   )
-  parts = next(
-    n
-    for n in range(1, batch + 1)
-    if batch % n == 0
-    and (n == batch or batch // n * per_image <= _MOST_PATCHES)
-  )
-  if parts == 1:
-    total = gradient(x_NHWC, dy_NHWC)
-  else:
-    images = (a.reshape(parts, -1, *a.shape[1:]) for a in (x_NHWC, dy_NHWC))
-    total = lax.map(lambda part: gradient(*part), tuple(images)).sum(0)
-  if both:
-    # The first of the output's shifts meets the kernel's last row.
-    total = total.reshape(size, channels_in, size, channels_out)
-    return total.transpose(2, 0, 1, 3)[::-1]
-  return total.reshape(size, size, channels_in, channels_out)
 
 
 def _convolve_patches(
@@ -251,14 +343,8 @@ def _convolve_patches(
   half = size // 2
   height, width = x_NHWC.shape[1:3]
   x_NHWC = jnp.pad(x_NHWC, ((0, 0), (half, half), (half, half), (0, 0)))
-  patches = jnp.concatenate(
-    [
-      x_NHWC[:, i : i + height : stride, j : j + width : stride]
-      for i in range(size)
-      for j in range(size)
-    ],
-    axis=-1,
-  )
+  outputs = tuple(-(-n // stride) for n in (height, width))
+  patches = _shifts(x_NHWC, (size, size), outputs, stride)
   kernel = kernel_HWIO.reshape(size * size * channels_in, channels_out)
   return _multiply(patches, kernel, precision)
 
@@ -288,28 +374,34 @@ def _toom_cook() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 _INPUT, _KERNEL, _OUTPUT = _toom_cook()
 
 
-def _few_pixels(height: int, width: int, channels_out: int) -> bool:
+def _few_pixels(
+  x_NHWC: jax.Array, shape_HWIO: tuple[int, ...], stride: int
+) -> bool:
   """Whether a 3x3 kernel outweighs the pixels that come out of it.
 
   That is asked of sixteen images, however many there are: the rounding of one
   image must not depend on how many share its device.
   """
-  return 16 * height * width < 2 * channels_out
+  size, _, _, channels_out = shape_HWIO
+  pixels = math.prod(-(-n // stride) for n in x_NHWC.shape[1:3])
+  return size == 3 and 16 * pixels < 2 * channels_out
 
 
-def _tiles_pay(x_NHWC: jax.Array, kernel_HWIO: jax.Array, stride: int) -> bool:
+def _tiles_pay(
+  x_NHWC: jax.Array, shape_HWIO: tuple[int, ...], stride: int
+) -> bool:
   """Whether tiles of four rows beat XLA's convolution on CPU.
 
   They do not where most of the last tile is empty, nor where transforming the
   kernel, twice its size, costs more than it saves.
   """
-  _, height, width, _ = x_NHWC.shape
+  height = x_NHWC.shape[1]
   return (
-    kernel_HWIO.shape[:2] == (3, 3)
+    shape_HWIO[0] == 3
     and stride == 1
     and x_NHWC.dtype == jnp.float32
     and 4 * height >= 3 * (height + -height % 4)
-    and not _few_pixels(height, width, kernel_HWIO.shape[3])
+    and not _few_pixels(x_NHWC, shape_HWIO, stride)
   )
 
 
@@ -323,33 +415,97 @@ def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
   return functools.reduce(jnp.add, terms)
 
 
+def _tile_rows(x_NHWC: jax.Array) -> list[jax.Array]:
+  """Returns the six rows that each tile of four outputs is made from."""
+  height = x_NHWC.shape[1]
+  beyond = 4 * -(-height // 4) - height
+  padded = jnp.pad(x_NHWC, ((0, 0), (1, beyond + 1), (0, 0), (0, 0)))
+  return [padded[:, i : i + height + beyond - 3 : 4] for i in range(6)]
+
+
 def _convolve_tiles(
-  x_NHWC: jax.Array, kernel_HWIO: jax.Array, precision: lax.Precision | None
+  x_NHWC: jax.Array,
+  kernel_HWIO: jax.Array,
+  precision: lax.Precision | None,
+  turned: bool = False,
 ) -> jax.Array:
   """A 3x3 convolution with half the products: four output rows from six.
 
   Only rows are tiled. Tiling columns too would halve the products again, but
   the 36 arrays it moves and compiles cost more than that.
+
+  Args:
+    x_NHWC: (N, H, W, C).
+    kernel_HWIO: (3, 3, C, channels out).
+    precision: of the products.
+    turned: whether the kernel is another's with its channels exchanged.
+
+  Returns:
+    (N, H, W, channels out).
   """
   batch, height, width, _ = x_NHWC.shape
-  tiles = -(-height // 4)
-  padded = jnp.pad(
-    x_NHWC, ((0, 0), (1, 4 * tiles + 1 - height), (0, 0), (0, 0))
-  )
-  rows = [padded[:, i : i + 4 * tiles - 3 : 4] for i in range(6)]
+  # XLA's convolution would exchange the channels in memory, element by element;
+  # a product takes them as they lie, but lays out three columns for each pixel.
+  if turned and height * width <= 32 * 32:
+    convolve = _convolve_columns
+  else:
+
+    def convolve(
+      x: jax.Array, kernel_WIO: jax.Array, precision: lax.Precision | None
+    ) -> jax.Array:
+      return _convolve(x, kernel_WIO[None], 1, 1, precision, [(0, 0), (1, 1)])
+
+  rows = _tile_rows(x_NHWC)
   products = [
-    _convolve(
-      _combine(from_rows, rows),
-      _combine(from_kernel, kernel_HWIO)[None],
-      1,
-      1,
-      precision,
-      [(0, 0), (1, 1)],
+    convolve(
+      _combine(from_rows, rows), _combine(from_kernel, kernel_HWIO), precision
     )
     for from_rows, from_kernel in zip(_INPUT, _KERNEL, strict=True)
   ]
   y = jnp.stack([_combine(weights, products) for weights in _OUTPUT], axis=2)
-  return y.reshape(batch, 4 * tiles, width, -1)[:, :height]
+  return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
+
+
+def _convolve_columns(
+  x_NHWC: jax.Array, kernel_WIO: jax.Array, precision: lax.Precision | None
+) -> jax.Array:
+  """A 1x3 convolution as one product of every pixel and its neighbours."""
+  height, width = x_NHWC.shape[1:3]
+  x_NHWC = jnp.pad(x_NHWC, ((0, 0), (0, 0), (1, 1), (0, 0)))
+  patches = _shifts(x_NHWC, (1, 3), (height, width))
+  kernel = kernel_WIO.transpose(2, 0, 1).reshape(kernel_WIO.shape[2], -1)
+  return _multiply(patches, kernel.T, precision)
+
+
+def _kernel_gradient_tiles(
+  x_NHWC: jax.Array, dy_NHWC: jax.Array, precision: lax.Precision | None
+) -> jax.Array:
+  """The kernel's gradient through the same tiles, with half the products.
+
+  Args:
+    x_NHWC: (N, H, W, C).
+    dy_NHWC: (N, H, W, channels out).
+    precision: of the products.
+
+  Returns:
+    (3, 3, C, channels out).
+  """
+  height, width, channels_out = dy_NHWC.shape[1:]
+  rows = _tile_rows(x_NHWC)
+  dy_NHWC = jnp.pad(dy_NHWC, ((0, 0), (0, -height % 4), (2, 2), (0, 0)))
+  # Which neighbour a pixel meets is laid out in the gradient, the narrower of
+  # the two where they differ.
+  tiles = rows[0].shape[1]
+  products = []
+  for from_rows, from_outputs in zip(_INPUT, _OUTPUT.T, strict=True):
+    left = jnp.pad(_combine(from_rows, rows), ((0, 0), (0, 0), (1, 1), (0, 0)))
+    outputs = [dy_NHWC[:, i::4] for i in range(4)]
+    right = _shifts(_combine(from_outputs, outputs), (1, 3), (tiles, width + 2))
+    products.append(_sum_products(_flat(left), _flat(right), precision))
+  total = jnp.stack([_combine(weights, products) for weights in _KERNEL.T])
+  # The first shift meets the kernel's last column.
+  total = total.reshape(3, -1, 3, channels_out)[:, :, ::-1]
+  return total.transpose(0, 2, 1, 3)
 
 
 def _convolve_groups(

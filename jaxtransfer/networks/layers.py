@@ -151,7 +151,8 @@ def _normalise_batch_forward(
   mean = wide_NHWC.mean((0, 1, 2))
   var = jnp.square(wide_NHWC - mean).mean((0, 1, 2))
   if axis:
-    means, variances = lax.all_gather((mean, var), axis)
+    # Together: every exchange waits for the slowest device.
+    means, variances = lax.all_gather(jnp.stack([mean, var]), axis, axis=1)
     mean = means.mean(0)
     var = (variances + jnp.square(means - mean)).mean(0)
   inverse_std = lax.rsqrt(var + 1e-5)
@@ -270,9 +271,12 @@ def _gather_gradient(x_NHWC: jax.Array, dy_NHWC: jax.Array) -> jax.Array:
   for i, window in enumerate(windows[1:], 1):
     winner = jnp.where(window > best, jnp.int8(i), winner)
     best = jnp.maximum(best, window)
-  after = ((0, 0), (0, 1), (0, 1), (0, 0))
+  # One more window each way than the pixels need: a slice that left the border
+  # out would be computed anew from all that the gradient was made of.
+  after = ((0, 0), (0, 2), (0, 2), (0, 0))
   winner = jnp.pad(winner, after, constant_values=-1)
   dy_NHWC = jnp.pad(dy_NHWC, after)
+  high, wide = high + 1, wide + 1
 
   def won(place: int, row: int = 0, column: int = 0) -> jax.Array:
     where = np.s_[:, row : row + high, column : column + wide]

@@ -130,7 +130,7 @@ def test_the_kernels_gradient_may_be_summed_in_parts(
   monkeypatch, size, stride, most
 ):
   """One image at a time, and in parts of two or three where they fit."""
-  monkeypatch.setattr(convolution, "_MOST_PATCHES", most)
+  monkeypatch.setattr(convolution, "_MOST_IN_CACHE", most)
   x, kernel = operands(6, 24, 21, 3, 5, size, 1)
   for found, expected in zip(
     value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),

@@ -27,7 +27,7 @@ def use_huge_pages() -> None:
   """Starts this process anew with its memory in huge pages, on Linux.
 
   On CPU every step takes gigabytes from the system and gives them back, which
-  in pages of 4 kB costs up to a third of its time. glibc asks for larger ones
+  in pages of 4 kB costs up to a quarter of its time. glibc asks for larger ones
   only where a variable said so when the process began. Nothing happens where
   the variable is set, or where Linux gives all processes huge pages or none.
   """

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import platform
 import signal
 import socket
 import subprocess
@@ -46,6 +47,60 @@ def watched(*arguments, **options):
 loop.fit = watched
 main.run()
 """
+
+
+HUGE = """
+import os
+import sys
+import numpy as np
+from jaxtransfer import hosts
+
+hosts.use_huge_pages()
+memory = np.ones(2**25)
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+huge = [int(x.split()[1]) for x in lines if x.startswith("AnonHugePages")]
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1], *huge)
+"""
+
+
+def _kernel_gives_where_asked():
+  path = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  libc, version = platform.libc_ver()
+  return (
+    path.exists()
+    and "[madvise]" in path.read_text()
+    and libc == "glibc"
+    and tuple(map(int, version.split("."))) >= (2, 35)
+  )
+
+
+@pytest.mark.skipif(
+  not _kernel_gives_where_asked(),
+  reason="Linux gives huge pages to all or to none, or glibc is before 2.35",
+)
+@pytest.mark.parametrize("settings", [None, "glibc.malloc.tcache_count=5"])
+def test_memory_is_taken_in_huge_pages(settings):
+  """Of 256 MB some lie in them; the process and its arguments stay the same."""
+  environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+  if settings:
+    environment["GLIBC_TUNABLES"] = settings
+  process = subprocess.Popen(
+    [sys.executable, "-c", HUGE, "an argument"],
+    env=environment,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  words = process.communicate(timeout=60)[0].split()
+  assert process.returncode == 0
+  asked = "glibc.malloc.hugetlb=1"
+  assert words[:4] == [
+    str(process.pid),
+    f"{settings}:{asked}" if settings else asked,
+    "an",
+    "argument",
+  ]
+  assert int(words[4]) > 0
 
 
 class _Run:

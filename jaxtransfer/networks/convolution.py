@@ -233,6 +233,7 @@ def _kernel_gradient(
   size, _, channels_in, _ = shape_HWIO
   if _tiles_pay(x_NHWC, shape_HWIO, stride):
     gradient = functools.partial(_kernel_gradient_tiles, precision=precision)
+    dy_NHWC = _pad_to_tiles(dy_NHWC)
     per_pixel = 1.5 * (channels_in + 3 * channels_out)
   elif stride == 1 and height >= 4 * size:
     gradient = functools.partial(
@@ -415,12 +416,21 @@ def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
   return functools.reduce(jnp.add, terms)
 
 
-def _tile_rows(x_NHWC: jax.Array) -> list[jax.Array]:
+def _pad_to_tiles(x_NHWC: jax.Array, beside: int = 1) -> jax.Array:
+  """Adds a border of one pixel, and below it the rows that fill a tile.
+
+  Both gradients of a convolution take the output's from here, so that the
+  compiler finds one padded array and not what it was made of several times.
+  """
+  beyond = -x_NHWC.shape[1] % 4
+  border = ((0, 0), (1, beyond + 1), (beside, beside), (0, 0))
+  return jnp.pad(x_NHWC, border)
+
+
+def _tile_rows(padded_NHWC: jax.Array) -> list[jax.Array]:
   """Returns the six rows that each tile of four outputs is made from."""
-  height = x_NHWC.shape[1]
-  beyond = 4 * -(-height // 4) - height
-  padded = jnp.pad(x_NHWC, ((0, 0), (1, beyond + 1), (0, 0), (0, 0)))
-  return [padded[:, i : i + height + beyond - 3 : 4] for i in range(6)]
+  rows = padded_NHWC.shape[1] - 2
+  return [padded_NHWC[:, i : i + rows - 3 : 4] for i in range(6)]
 
 
 def _convolve_tiles(
@@ -453,9 +463,9 @@ def _convolve_tiles(
     def convolve(
       x: jax.Array, kernel_WIO: jax.Array, precision: lax.Precision | None
     ) -> jax.Array:
-      return _convolve(x, kernel_WIO[None], 1, 1, precision, [(0, 0), (1, 1)])
+      return _convolve(x, kernel_WIO[None], 1, 1, precision, [(0, 0), (0, 0)])
 
-  rows = _tile_rows(x_NHWC)
+  rows = _tile_rows(_pad_to_tiles(x_NHWC))
   products = [
     convolve(
       _combine(from_rows, rows), _combine(from_kernel, kernel_HWIO), precision
@@ -471,8 +481,7 @@ def _convolve_columns(
 ) -> jax.Array:
   """A 1x3 convolution as one product of every pixel and its neighbours."""
   height, width = x_NHWC.shape[1:3]
-  x_NHWC = jnp.pad(x_NHWC, ((0, 0), (0, 0), (1, 1), (0, 0)))
-  patches = _shifts(x_NHWC, (1, 3), (height, width))
+  patches = _shifts(x_NHWC, (1, 3), (height, width - 2))
   kernel = kernel_WIO.transpose(2, 0, 1).reshape(kernel_WIO.shape[2], -1)
   return _multiply(patches, kernel.T, precision)
 
@@ -484,27 +493,28 @@ def _kernel_gradient_tiles(
 
   Args:
     x_NHWC: (N, H, W, C).
-    dy_NHWC: (N, H, W, channels out).
+    dy_NHWC: (N, H, W, channels out), padded to tiles.
     precision: of the products.
 
   Returns:
     (3, 3, C, channels out).
   """
-  height, width, channels_out = dy_NHWC.shape[1:]
-  rows = _tile_rows(x_NHWC)
-  dy_NHWC = jnp.pad(dy_NHWC, ((0, 0), (0, -height % 4), (2, 2), (0, 0)))
+  rows = _tile_rows(_pad_to_tiles(x_NHWC, 0))
+  outputs = _tile_rows(dy_NHWC)[1:5]
   # Which neighbour a pixel meets is laid out in the gradient, the narrower of
   # the two where they differ.
-  tiles = rows[0].shape[1]
-  products = []
-  for from_rows, from_outputs in zip(_INPUT, _OUTPUT.T, strict=True):
-    left = jnp.pad(_combine(from_rows, rows), ((0, 0), (0, 0), (1, 1), (0, 0)))
-    outputs = [dy_NHWC[:, i::4] for i in range(4)]
-    right = _shifts(_combine(from_outputs, outputs), (1, 3), (tiles, width + 2))
-    products.append(_sum_products(_flat(left), _flat(right), precision))
+  size = rows[0].shape[1:3]
+  products = [
+    _sum_products(
+      _flat(_combine(from_rows, rows)),
+      _flat(_shifts(_combine(from_outputs, outputs), (1, 3), size)),
+      precision,
+    )
+    for from_rows, from_outputs in zip(_INPUT, _OUTPUT.T, strict=True)
+  ]
   total = jnp.stack([_combine(weights, products) for weights in _KERNEL.T])
   # The first shift meets the kernel's last column.
-  total = total.reshape(3, -1, 3, channels_out)[:, :, ::-1]
+  total = total.reshape(3, x_NHWC.shape[-1], 3, -1)[:, :, ::-1]
   return total.transpose(0, 2, 1, 3)
 
 

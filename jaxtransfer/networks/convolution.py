@@ -261,9 +261,10 @@ def _kernel_gradient(
     )
     return total + gradient(*images)
 
-  return lax.fori_loop(
-    0, batch // part, add, jnp.zeros(shape_HWIO, dy_NHWC.dtype)
-  )
+  # Sixteen bits would lose what many parts add up to.
+  wide = jnp.promote_types(dy_NHWC.dtype, jnp.float32)
+  total = lax.fori_loop(0, batch // part, add, jnp.zeros(shape_HWIO, wide))
+  return total.astype(dy_NHWC.dtype)
 
 
 def _kernel_gradient_patches(

@@ -140,6 +140,25 @@ def test_the_kernels_gradient_may_be_summed_in_parts(
     assert_close(found, expected)
 
 
+def test_parts_of_sixteen_bits_add_up_in_more(monkeypatch):
+  """Of 64 images, each a part: not more is lost than by one rounding of each.
+
+  A total of eight bits' precision would lose whole images' gradients.
+  """
+  monkeypatch.setattr(convolution, "_MOST_IN_CACHE", 1)
+  x, kernel = operands(64, 24, 21, 3, 5, 3, 1)
+  x = np.abs(x)
+
+  def gradient(dtype, function):
+    loss = lambda x, k: function(x, k, 1, 1).sum(dtype=jnp.float32)  # noqa: E731
+    arrays = (jnp.asarray(a, dtype) for a in (x, kernel))
+    return np.asarray(jax.grad(loss, 1)(*arrays), np.float64)
+
+  exact = gradient(jnp.float32, plain)
+  found = gradient(jnp.bfloat16, ours)
+  assert np.abs(found - exact).max() < 2**-7 * np.abs(exact).max()
+
+
 def test_rounding_stays_near_the_plain_sum():
   """Within five times the plain convolution's own error against float64.
 

@@ -38,12 +38,7 @@ OURS, EAGER, COMPILED = "jaxtransfer", "torch eager", "torch.compile"
 def timed(
   call: Callable[[], object], wait: Callable[[object], object], repeats: int
 ) -> dict[str, float]:
-  """Seconds per call, on the clock and of all this process's threads.
-
-  A turn's first call does not count: a virtual machine may have given the
-  memory away that lay unused during the others' turns.
-  """
-  wait(call())
+  """Seconds per call, on the clock and of all this process's threads."""
   wall, cpu = time.perf_counter(), time.process_time()
   for _ in range(repeats):
     result = call()
@@ -325,6 +320,9 @@ def measure(
   found = {side: [] for side in sides}
   for _ in range(rounds):
     for side, who in sides.items():
+      # The first call does not count: a virtual machine may have given the
+      # memory away that lay unused during the others' turns.
+      who.time(side, 1)
       found[side].append(who.time(side, repeats[side]))
   return found
 

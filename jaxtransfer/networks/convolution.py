@@ -483,6 +483,8 @@ def _convolve_columns(
   """A 1x3 convolution as one product of every pixel and its neighbours."""
   height, width = x_NHWC.shape[1:3]
   patches = _shifts(x_NHWC, (1, 3), (height, width - 2))
+  # Turned around twice: a kernel whose channels are exchanged lies in memory as
+  # it is after the first, and a product takes the second without moving it.
   kernel = kernel_WIO.transpose(2, 0, 1).reshape(kernel_WIO.shape[2], -1)
   return _multiply(patches, kernel.T, precision)
 

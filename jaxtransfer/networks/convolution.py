@@ -194,17 +194,20 @@ def _sum_products(
 ) -> jax.Array:
   """Returns left.T @ right, on CPU.
 
-  XLA's CPU product is up to a third slower with the wider side turned around.
-  The barrier keeps the compiler from exchanging the sides again.
+  XLA's CPU product is up to a third slower with the wider side turned around;
+  but of few rows, turning the result costs more. The barrier keeps the compiler
+  from exchanging the sides again.
   """
-  if left.shape[1] <= right.shape[1]:
+  if left.shape[1] <= right.shape[1] or len(left) < right.shape[1]:
     return jnp.matmul(left.T, right, precision=precision)
   product = jnp.matmul(right.T, left, precision=precision)
   return lax.optimization_barrier(product).T
 
 
-# Numbers laid out beyond it do not stay in a processor's cache.
+# Numbers laid out beyond it do not stay in a processor's caches, and in the one
+# that it shares with no other.
 _MOST_IN_CACHE = 2**21
+_MOST_IN_OWN_CACHE = 2**19
 
 
 def _kernel_gradient(
@@ -231,6 +234,7 @@ def _kernel_gradient(
   """
   batch, height, width, channels_out = dy_NHWC.shape
   size, _, channels_in, _ = shape_HWIO
+  most = _MOST_IN_CACHE
   if _tiles_pay(x_NHWC, shape_HWIO, stride):
     gradient = functools.partial(_kernel_gradient_tiles, precision=precision)
     dy_NHWC = _pad_to_tiles(dy_NHWC)
@@ -245,11 +249,18 @@ def _kernel_gradient(
       _kernel_gradient_patches, size=size, stride=stride, precision=precision
     )
     per_pixel = size * size * channels_in
+    border = (size // 2, size // 2 + stride - 1)
+    x_NHWC = jnp.pad(x_NHWC, ((0, 0), border, border, (0, 0)))
+    # Of fewer pixels, adding up kernels costs more than the cache saves.
+    if height * width >= 512:
+      most = _MOST_IN_OWN_CACHE
+      rows = max(1, int(most / per_pixel / width))
+      x_NHWC, dy_NHWC = _cut_to_bands(x_NHWC, dy_NHWC, size, stride, rows)
+      batch, height, width, _ = dy_NHWC.shape
   part = max(
     n
     for n in range(1, batch + 1)
-    if batch % n == 0
-    and (n == 1 or n * height * width * per_pixel <= _MOST_IN_CACHE)
+    if batch % n == 0 and (n == 1 or n * height * width * per_pixel <= most)
   )
   if part == batch:
     return gradient(x_NHWC, dy_NHWC)
@@ -274,13 +285,49 @@ def _kernel_gradient_patches(
   stride: int,
   precision: lax.Precision | None,
 ) -> jax.Array:
-  """The kernel's gradient with every pixel's patch laid out."""
+  """The kernel's gradient with every pixel's patch laid out, of padded x."""
   _, height, width, channels_out = dy_NHWC.shape
-  border = (size // 2, size // 2 + stride - 1)
-  x_NHWC = jnp.pad(x_NHWC, ((0, 0), border, border, (0, 0)))
   left = _shifts(x_NHWC, (size, size), (height, width), stride)
   total = _sum_products(_flat(left), _flat(dy_NHWC), precision)
   return total.reshape(size, size, -1, channels_out)
+
+
+def _cut_to_bands(
+  x_NHWC: jax.Array,
+  dy_NHWC: jax.Array,
+  size: int,
+  stride: int,
+  most_rows: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Makes an image for each band of rows, where the rows part evenly.
+
+  Args:
+    x_NHWC: the convolution's input, padded.
+    dy_NHWC: the gradient of its output.
+    size: of the kernel.
+    stride: of the convolution.
+    most_rows: of the output in a band.
+
+  Returns:
+    Both, with bands for images.
+  """
+  batch, height, width, channels = dy_NHWC.shape
+  rows = max(
+    n for n in range(1, height + 1) if height % n == 0 and n <= most_rows
+  )
+  # Bands of a few rows are not worth what they share with the next.
+  if rows == height or rows < size:
+    return x_NHWC, dy_NHWC
+  reach = stride * (rows - 1) + size
+  bands = [
+    x_NHWC[:, stride * first : stride * first + reach]
+    for first in range(0, height, rows)
+  ]
+  x_NHWC = jnp.stack(bands, axis=1)
+  return (
+    x_NHWC.reshape(-1, *x_NHWC.shape[2:]),
+    dy_NHWC.reshape(-1, rows, width, channels),
+  )
 
 
 def _kernel_gradient_both(
@@ -503,14 +550,15 @@ def _kernel_gradient_tiles(
     (3, 3, C, channels out).
   """
   rows = _tile_rows(_pad_to_tiles(x_NHWC, 0))
-  outputs = _tile_rows(dy_NHWC)[1:5]
   # Which neighbour a pixel meets is laid out in the gradient, the narrower of
-  # the two where they differ.
-  size = rows[0].shape[1:3]
+  # the two where they differ, and once, before its rows are combined.
+  height, width = dy_NHWC.shape[1] - 2, dy_NHWC.shape[2] - 2
+  dy_NHWC = _shifts(dy_NHWC[:, 1:-1], (1, 3), (height, width))
+  outputs = [dy_NHWC[:, i::4] for i in range(4)]
   products = [
     _sum_products(
       _flat(_combine(from_rows, rows)),
-      _flat(_shifts(_combine(from_outputs, outputs), (1, 3), size)),
+      _flat(_combine(from_outputs, outputs)),
       precision,
     )
     for from_rows, from_outputs in zip(_INPUT, _OUTPUT.T, strict=True)

@@ -61,10 +61,17 @@ class DenseLayer(nnx.Module):
     self.norm2 = layers.BatchNorm(4 * growth, dtype=dtype)
     self.conv2 = layers.Conv(4 * growth, growth, 3, dtype=dtype)
 
-  def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
+  def __call__(
+    self, x_NHWC: jax.Array | layers.Measured, train: bool | str
+  ) -> jax.Array | layers.Measured:
+    if train:
+      # All layers of the block read these channels: measured once for all.
+      x_NHWC = layers.measure(x_NHWC, train)
     y_NHWC = self.conv1(jax.nn.relu(self.norm1(x_NHWC, train)))
     y_NHWC = self.conv2(jax.nn.relu(self.norm2(y_NHWC, train)))
-    return jnp.concatenate([x_NHWC.astype(y_NHWC.dtype), y_NHWC], axis=-1)
+    if train:
+      y_NHWC = layers.measure(y_NHWC, train)
+    return layers.concatenate([x_NHWC, y_NHWC])
 
   def macs(self, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     return self.conv1.macs(size)[0] + self.conv2.macs(size)[0], size
@@ -79,7 +86,7 @@ class Transition(nnx.Module):
     self.conv = layers.Conv(channels_in, self.channels, 1, dtype=dtype)
 
   def __call__(self, x_NHWC: jax.Array, train: bool | str) -> jax.Array:
-    height, width = x_NHWC.shape[1:3]
+    height, width = layers.bare(x_NHWC).shape[1:3]
     if min(height, width) < 2:
       # The mean of no pixels would be NaN, and so all features after it.
       raise errors.UsageError(

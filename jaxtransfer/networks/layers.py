@@ -5,6 +5,8 @@ constructor only says which shapes there are; `tensors.load` fills them.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,20 @@ class Conv(nnx.Module):
     return self.kernel.size * height * width, (height, width)
 
 
+class Measured(NamedTuple):
+  """A map with its batch's statistics, for all layers that will normalise it.
+
+  Attributes:
+    x_NHWC: (N, H, W, C).
+    mean: (C,).
+    var: (C,), biased.
+  """
+
+  x_NHWC: jax.Array
+  mean: jax.Array
+  var: jax.Array
+
+
 class BatchNorm(nnx.Module):
   """Batch normalisation with torch's statistics, in float32 or wider.
 
@@ -90,62 +106,61 @@ class BatchNorm(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros((channels,)))
     self.var = nnx.BatchStat(jnp.zeros((channels,)))
 
-  def __call__(self, x_NHWC: jax.Array, train: bool | str = False) -> jax.Array:
-    scale, bias = self.scale[...], self.bias[...]
+  def __call__(
+    self, x_NHWC: jax.Array | Measured, train: bool | str = False
+  ) -> jax.Array:
     if not train:
-      y_NHWC = _normalise(
-        x_NHWC, self.mean[...], lax.rsqrt(self.var[...] + 1e-5), scale, bias
-      )
-      return y_NHWC.astype(self.dtype)
-    axis = train if isinstance(train, str) else None
-    y_NHWC, mean, var = _normalise_batch(x_NHWC, scale, bias, axis)
-    count = x_NHWC.size // x_NHWC.shape[-1] * _devices(axis)
-    unbiased = var * (count / max(count - 1, 1))
-    self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
-    self.var[...] = 0.9 * self.var[...] + 0.1 * unbiased
+      x_NHWC = bare(x_NHWC)
+      mean, var = self.mean[...], self.var[...]
+    else:
+      x_NHWC, mean, var = measure(x_NHWC, train)
+      count = x_NHWC.size // x_NHWC.shape[-1] * _devices(_axis(train))
+      unbiased = var * (count / max(count - 1, 1))
+      self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
+      self.var[...] = 0.9 * self.var[...] + 0.1 * unbiased
+    y_NHWC = _normalise(x_NHWC, mean, var, self.scale[...], self.bias[...])
     return y_NHWC.astype(self.dtype)
 
 
-def _normalise(
-  x_NHWC: jax.Array,
-  mean: jax.Array,
-  inverse_std: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
-) -> jax.Array:
-  # Centred first: x * factor - mean * factor cancels where a channel hardly
-  # varies and factor is large.
-  return (widened(x_NHWC) - mean) * (scale * inverse_std) + bias
+def measure(x_NHWC: jax.Array | Measured, train: bool | str) -> Measured:
+  """Returns the map with its batch's statistics, computed where it has none.
+
+  Args:
+    x_NHWC: (N, H, W, C).
+    train: as for `BatchNorm`, and not False.
+  """
+  if isinstance(x_NHWC, Measured):
+    return x_NHWC
+  return Measured(x_NHWC, *_statistics(x_NHWC, _axis(train)))
+
+
+def bare(x_NHWC: jax.Array | Measured) -> jax.Array:
+  """Returns the map alone."""
+  return x_NHWC.x_NHWC if isinstance(x_NHWC, Measured) else x_NHWC
+
+
+def _axis(train: bool | str) -> str | None:
+  return train if isinstance(train, str) else None
 
 
 def _devices(axis: str | None) -> int:
   return lax.psum(1, axis) if axis else 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalise_batch(
-  x_NHWC: jax.Array, scale: jax.Array, bias: jax.Array, axis: str | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Normalises with the batch's own statistics.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _statistics(
+  x_NHWC: jax.Array, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns each channel's mean and biased variance.
 
-  The gradient is written out because the one that JAX derives reads and writes
-  the map three times as often, and asks the other devices twice as often.
+  Its gradient and that of `_normalise` are written out because those that JAX
+  derives read and write the map three times as often, and ask the other devices
+  twice as often.
 
   Args:
     x_NHWC: (N, H, W, C).
-    scale: (C,).
-    bias: (C,).
     axis: the devices that hold the batch together; none for this one alone.
-
-  Returns:
-    The output and, without gradients, the mean and the biased variance.
   """
-  return _normalise_batch_forward(x_NHWC, scale, bias, axis)[0]
-
-
-def _normalise_batch_forward(
-  x_NHWC: jax.Array, scale: jax.Array, bias: jax.Array, axis: str | None
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
   wide_NHWC = widened(x_NHWC)
   # Two passes: E[x^2] - E[x]^2 cancels where the mean is far from zero.
   mean = wide_NHWC.mean((0, 1, 2))
@@ -155,35 +170,104 @@ def _normalise_batch_forward(
     means, variances = lax.all_gather(jnp.stack([mean, var]), axis, axis=1)
     mean = means.mean(0)
     var = (variances + jnp.square(means - mean)).mean(0)
-  inverse_std = lax.rsqrt(var + 1e-5)
-  y_NHWC = _normalise(x_NHWC, mean, inverse_std, scale, bias)
-  return (y_NHWC, mean, var), (x_NHWC, mean, inverse_std, scale)
+  return mean, var
 
 
-def _normalise_batch_backward(
+def _statistics_forward(
+  x_NHWC: jax.Array, axis: str | None
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+  mean, var = _statistics(x_NHWC, axis)
+  return (mean, var), (x_NHWC, mean)
+
+
+def _statistics_backward(
   axis: str | None,
-  kept: tuple[jax.Array, ...],
-  gradients: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  x_NHWC, mean, inverse_std, scale = kept
-  dy_NHWC = gradients[0]
-  centred_NHWC = widened(x_NHWC) - mean
-  dbias = dy_NHWC.sum((0, 1, 2))
-  dscale = (dy_NHWC * centred_NHWC).sum((0, 1, 2)) * inverse_std
-  # The parameters' gradients are each device's own, summed with all others by
-  # who asks for them; the input's needs those of the whole batch.
-  sums = dbias, dscale
+  kept: tuple[jax.Array, jax.Array],
+  gradients: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array]:
+  x_NHWC, mean = kept
+  # A pixel moves the statistics that all devices normalise with.
   if axis:
-    sums = lax.psum(sums, axis)
+    gradients = lax.psum(gradients, axis)
   count = x_NHWC.size // x_NHWC.shape[-1] * _devices(axis)
-  mean_dy, mean_dyx = (total / count for total in sums)
-  dx_NHWC = (dy_NHWC - mean_dy - centred_NHWC * (inverse_std * mean_dyx)) * (
-    scale * inverse_std
-  )
-  return dx_NHWC.astype(x_NHWC.dtype), dscale, dbias
+  dmean, dvar = (gradient / count for gradient in gradients)
+  dx_NHWC = dmean + (widened(x_NHWC) - mean) * (2 * dvar)
+  return (dx_NHWC.astype(x_NHWC.dtype),)
 
 
-_normalise_batch.defvjp(_normalise_batch_forward, _normalise_batch_backward)
+_statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+@jax.custom_vjp
+def _normalise(
+  x_NHWC: jax.Array,
+  mean: jax.Array,
+  var: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+) -> jax.Array:
+  """Returns (x - mean) / sqrt(var + 1e-5) * scale + bias; (C,) but for x."""
+  # Centred first: x * factor - mean * factor cancels where a channel hardly
+  # varies and factor is large.
+  factor = scale * lax.rsqrt(var + 1e-5)
+  return (widened(x_NHWC) - mean) * factor + bias
+
+
+def _normalise_forward(
+  x_NHWC: jax.Array,
+  mean: jax.Array,
+  var: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  y_NHWC = _normalise(x_NHWC, mean, var, scale, bias)
+  return y_NHWC, (x_NHWC, mean, var, scale)
+
+
+def _normalise_backward(
+  kept: tuple[jax.Array, ...], dy_NHWC: jax.Array
+) -> tuple[jax.Array, ...]:
+  x_NHWC, mean, var, scale = kept
+  # Else the compiler keeps x - mean from the forward pass, a second map as
+  # large as x, to save a subtraction.
+  mean = lax.optimization_barrier(mean)
+  inverse_std = lax.rsqrt(var + 1e-5)
+  factor = scale * inverse_std
+  dbias = dy_NHWC.sum((0, 1, 2))
+  dfactor = (dy_NHWC * (widened(x_NHWC) - mean)).sum((0, 1, 2))
+  dx_NHWC = (dy_NHWC * factor).astype(x_NHWC.dtype)
+  dmean = -factor * dbias
+  dvar = -0.5 * factor * jnp.square(inverse_std) * dfactor
+  return dx_NHWC, dmean, dvar, dfactor * inverse_std, dbias
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def concatenate(parts: Sequence[jax.Array | Measured]) -> jax.Array | Measured:
+  """Joins channels, and their statistics where they have them.
+
+  Args:
+    parts: (N, H, W, C) each, measured all or none.
+  """
+  if isinstance(parts[0], Measured):
+    maps, means, variances = zip(*parts, strict=True)
+    return Measured(
+      _join(*maps), jnp.concatenate(means), jnp.concatenate(variances)
+    )
+  return _join(*parts)
+
+
+def _join(*maps: jax.Array) -> jax.Array:
+  def join(*maps: jax.Array) -> jax.Array:
+    return jnp.concatenate(maps, axis=-1)
+
+  def cpu(*maps: jax.Array) -> jax.Array:
+    # Kept as it is, or XLA makes what is joined again and again one copy of
+    # many small pieces.
+    return lax.optimization_barrier(join(*maps))
+
+  return lax.platform_dependent(*maps, cpu=cpu, default=join)
 
 
 def widened(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
-from jaxtransfer.networks.layers import widened
+from jaxtransfer.networks.layers import bare, widened
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -25,9 +25,9 @@ class Network(nnx.Module):
     name: the zoo's name.
     family: whose names and initialiser hold ("resnet", "densenet", "cbr").
     layers: (layer name, module) in order, already cut. A module maps
-      (x_NHWC, train) to the next x_NHWC, knows its output's `channels`, and
-      `macs(size)` gives its multiply-accumulates for one image of that (height,
-      width) and the size it hands on.
+      (x_NHWC, train) to the next x_NHWC, which may be `Measured`, knows its
+      output's `channels`, and `macs(size)` gives its multiply-accumulates for
+      one image of that (height, width) and the size it hands on.
     aliases: a stage's name -> the name of its last layer.
     relu: whether a ReLU follows the last layer before pooling, as after an
       uncut DenseNet's norm5.
@@ -88,6 +88,7 @@ class Network(nnx.Module):
     x_NHWC = images
     for i, layer in enumerate(self.layers):
       x_NHWC = layer(x_NHWC, train if i >= frozen else False)
+    x_NHWC = bare(x_NHWC)
     if self.relu:
       x_NHWC = jax.nn.relu(x_NHWC)
     if self.head is not None and self.flatten is not None:
@@ -129,7 +130,8 @@ class Network(nnx.Module):
         break
       x_NHWC = layer(x_NHWC, train)
       if name in missing:
-        outputs[name] = average(x_NHWC) if pool else x_NHWC
+        output_NHWC = bare(x_NHWC)
+        outputs[name] = average(output_NHWC) if pool else output_NHWC
         missing.remove(name)
     return {tap: outputs[name] for tap, name in wanted.items()}
 

@@ -140,6 +140,38 @@ def test_the_kernels_gradient_may_be_summed_in_parts(
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+  "height, width, size, stride, rows",
+  [
+    (48, 44, 3, 2, 8),  # three bands, each sharing a row with the next
+    (48, 44, 7, 2, 12),
+    (47, 45, 3, 2, 4),
+    (16, 40, 5, 1, 8),
+    (46, 46, 3, 2, 23),  # a prime number of rows is not cut
+  ],
+)
+def test_the_kernels_gradient_may_be_summed_over_bands(
+  monkeypatch, height, width, size, stride, rows
+):
+  outputs = [-(-n // stride) for n in (height, width)]
+  numbers = rows * outputs[1] * size * size * 3
+  monkeypatch.setattr(convolution, "_MOST_IN_OWN_CACHE", numbers)
+  x, kernel = operands(2, height, width, 3, 5, size, 1)
+  cut = []
+  uncut = convolution._cut_to_bands
+  monkeypatch.setattr(
+    convolution, "_cut_to_bands", lambda *a: cut.append(uncut(*a)) or cut[-1]
+  )
+  for found, expected in zip(
+    value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
+    value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),
+    strict=True,
+  ):
+    assert_close(found, expected)
+  # What the case is about did happen: as many images as bands of all of them.
+  assert [dy.shape[:2] for _, dy in cut] == [(2 * outputs[0] // rows, rows)]
+
+
 def test_parts_of_sixteen_bits_add_up_in_more(monkeypatch):
   """Of 64 images, each a part: not more is lost than by one rounding of each.
 

@@ -1,5 +1,7 @@
 """The layers against plain NumPy in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,3 +230,78 @@ def test_gradients_are_those_of_the_whole_batch(devices):
   )(x, layer.scale[...], layer.bias[...], dy)
   for ours_of, expected_of in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours_of, expected_of, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_channels_measured_apart_are_those_measured_together(dtype):
+  """A channel's statistics are its own, so parts may bring theirs.
+
+  Output, running statistics and gradients: two layers read the first part, so
+  what both ask of its statistics has to add up. Over two devices.
+  """
+  random = np.random.default_rng(2)
+  first, second = (
+    jnp.asarray(random.normal(3, 2, (4, 5, 6, channels)), dtype)
+    for channels in (3, 2)
+  )
+  scales = [jnp.asarray(random.normal(size=c), jnp.float32) for c in (3, 5)]
+  weights = jnp.asarray(random.normal(size=(4, 5, 6, 5)), jnp.float32)
+
+  def normalise(x, scale):
+    layer = layers.BatchNorm(len(scale))
+    layer.scale.set_value(scale)
+    y = layer(x, train="data")
+    return y, layer.mean[...], layer.var[...]
+
+  def loss(parts, scales, weights, apart):
+    if apart:
+      first = layers.measure(parts[0], "data")
+      both = layers.concatenate([first, layers.measure(parts[1], "data")])
+    else:
+      first = parts[0]
+      both = layers.concatenate(parts)
+    narrow, *_ = normalise(first, scales[0])
+    wide, *running = normalise(both, scales[1])
+    total = (jnp.square(wide) * weights).sum() + (narrow**3).sum()
+    return total, (wide, running)
+
+  def run(parts, scales, weights, apart):
+    (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+      parts, scales, weights, apart
+    )
+    wide, running = out
+    return wide, running, gradients[0], jax.lax.psum(gradients[1], "data")
+
+  mesh = jax.make_mesh(
+    (2,),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:2],
+  )
+  data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+  results = [
+    jax.jit(
+      jax.shard_map(
+        functools.partial(run, apart=apart),
+        mesh=mesh,
+        in_specs=(data, whole, data),
+        out_specs=(data, whole, data, whole),
+        check_vma=False,
+      )
+    )([first, second], scales, weights)
+    for apart in (False, True)
+  ]
+  tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+  for together, apart in zip(*map(jax.tree.leaves, results), strict=True):
+    together, apart = np.asarray(together, float), np.asarray(apart, float)
+    np.testing.assert_allclose(
+      apart, together, rtol=0, atol=tolerance * np.abs(together).max()
+    )
+
+
+def test_measuring_again_keeps_what_was_measured():
+  x = jnp.arange(24.0).reshape(2, 3, 2, 2)
+  measured = layers.measure(x, True)
+  assert layers.measure(measured, True) is measured
+  assert layers.bare(measured) is x
+  assert layers.bare(x) is x

@@ -236,7 +236,7 @@ def _results(
       "curves": evaluated["curves"],
       "rows": {name: len(rows) for name, rows in data.rows.items()},
       "groups": groups,
-      "notes": [*data.notes, *fitted.notes],
+      "notes": [*data.notes, *fitted.notes, *trial.doubts(evaluated)],
       "interval": (
         f"95 % percentile bootstrap over {count:,} {units} of the test split,"
         f" {config.resamples:,} resamples"

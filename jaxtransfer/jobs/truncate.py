@@ -580,7 +580,7 @@ def _report(
       else {
         split: len(set(data.groups_of(rows))) for split, rows in counted.items()
       },
-      "notes": data.notes,
+      "notes": [*data.notes, *trial.doubts(evaluated)],
       "image_size": config.data.image_size,
       "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
       "repeats": repeats,

@@ -479,6 +479,27 @@ def evaluate(
   }
 
 
+def doubts(evaluated: Mapping[str, Any]) -> list[str]:
+  """Returns a note where a network cannot be told from guessing, for the page.
+
+  Args:
+    evaluated: as `evaluate` returns it.
+  """
+  value, interval = next(
+    (value, interval)
+    for split, metric, value, interval, _ in evaluated["rows"]
+    if (split, metric) == ("test", "auroc")
+  )
+  least = value if interval is None else interval[0]
+  if not least <= 0.5:
+    return []
+  what = "is" if interval is None else "has an interval that reaches down to"
+  return [
+    f"The test AUROC {what} {least:.3f}: on these images the network cannot be"
+    " told from guessing."
+  ]
+
+
 def _flat(scores: scoring.Scores) -> dict[str, scoring.Value]:
   of_classes = {
     f"{metric}:{name}": value

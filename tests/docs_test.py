@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 
 import numpy as np
@@ -61,3 +62,22 @@ def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
       if not target.startswith("http"):
         assert (DOCS / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("job", ["layers", "finetune", "truncate"])
+def test_every_key_of_a_config_is_told(job):
+  """In the page of its job, or in finetune.md, which tells the shared ones."""
+  path = DOCS.parent / "configs" / f"{job}.py"
+  config = runpy.run_path(str(path))["get_config"]()
+  text = (DOCS / "finetune.md").read_text() + (DOCS / f"{job}.md").read_text()
+  told = set(re.findall(r"`(?:config\.)?(?:\w+\.)?(\w+)`", text))
+  keys = {key.split(".")[-1] for key in _leaves(config)}
+  assert keys - told == {"job"}
+
+
+def _leaves(config):
+  for key, value in config.items():
+    if hasattr(value, "items"):
+      yield from (f"{key}.{name}" for name in _leaves(value))
+    else:
+      yield key

@@ -47,7 +47,7 @@ _WORDS = {
   "ftl": "the whole network trained",
   "lwft": "the whole network, frozen up to {cut}",
   "fat": "cut after {cut}, only the head trained",
-  "tf": "pretrained up to {cut}, then half as wide and random",
+  "tf": "{weights} up to {cut}, then random and half as wide",
 }
 
 
@@ -641,7 +641,8 @@ def _words(row: Row) -> str:
   words = _WORDS.get(row.method)
   if words is None:
     return "a small network, all of it trained"
-  return words.format(cut=row.units[0].cut)
+  unit = row.units[0]
+  return words.format(cut=unit.cut, weights=unit.weights)
 
 
 def _unreadable(bench: "_Bench") -> dict[str, str]:

@@ -312,6 +312,10 @@ def test_every_baseline_stands_in_the_table(finished, source, tmp_path):
   methods = {row["method"] for row in rows}
   assert methods >= {"ftl", "lwft", "fat", "tf", "cbr_tiny"}
   assert sum(row["chosen"] for row in rows) == 1
+  # Its second row holds nothing pretrained, and does not say so.
+  of_tf = [row for row in rows if row["method"] == "tf"]
+  assert all(row["words"].startswith(row["weights"]) for row in of_tf)
+  assert {row["weights"] for row in of_tf} == {"pretrained", "random"}
   named = {
     (row["probe"], row["network"], row["weights"])
     for row in results["measurements"]

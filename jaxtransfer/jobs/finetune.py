@@ -211,6 +211,7 @@ def _results(
     }
     units, count = "groups", groups["test"]
   sentence = _sentence(plan, config, found, params, fitted.epoch, len(epochs))
+  of_auroc = found["test", "auroc"]
   return {
     "job": "finetune",
     "summary": {
@@ -236,7 +237,11 @@ def _results(
       "curves": evaluated["curves"],
       "rows": {name: len(rows) for name, rows in data.rows.items()},
       "groups": groups,
-      "notes": [*data.notes, *fitted.notes, *trial.doubts(evaluated)],
+      "notes": [
+        *data.notes,
+        *fitted.notes,
+        *trial.doubts(of_auroc["value"], of_auroc["low"]),
+      ],
       "interval": (
         f"95 % percentile bootstrap over {count:,} {units} of the test split,"
         f" {config.resamples:,} resamples"

@@ -546,6 +546,7 @@ def _report(
     pipeline.write_failures(
       bench.path / "failures.csv", sorted(unreadable.items())
     )
+  of_auroc = next(row for row in table if row["chosen"])["test"]["auroc"]
   groups = data.examples.groups
   counted = data.rows
   if config.folds:
@@ -580,7 +581,10 @@ def _report(
       else {
         split: len(set(data.groups_of(rows))) for split, rows in counted.items()
       },
-      "notes": [*data.notes, *trial.doubts(evaluated)],
+      "notes": [
+        *data.notes,
+        *trial.doubts(of_auroc["mean"], of_auroc["low"]),
+      ],
       "image_size": config.data.image_size,
       "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
       "repeats": repeats,

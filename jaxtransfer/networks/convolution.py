@@ -204,9 +204,9 @@ def _sum_products(
   return lax.optimization_barrier(product).T
 
 
-# Numbers laid out beyond it do not stay in a processor's caches, and in the one
-# that it shares with no other.
+# Numbers laid out beyond it do not stay in the caches that processors share.
 _MOST_IN_CACHE = 2**21
+# Nor beyond this in a processor's own.
 _MOST_IN_OWN_CACHE = 2**19
 
 
@@ -254,7 +254,7 @@ def _kernel_gradient(
     # Of fewer pixels, adding up kernels costs more than the cache saves.
     if height * width >= 512:
       most = _MOST_IN_OWN_CACHE
-      rows = max(1, int(most / per_pixel / width))
+      rows = max(1, most // (per_pixel * width))
       x_NHWC, dy_NHWC = _cut_to_bands(x_NHWC, dy_NHWC, size, stride, rows)
       batch, height, width, _ = dy_NHWC.shape
   part = max(

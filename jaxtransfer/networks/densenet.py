@@ -64,14 +64,11 @@ class DenseLayer(nnx.Module):
   def __call__(
     self, x_NHWC: jax.Array | layers.Measured, train: bool | str
   ) -> jax.Array | layers.Measured:
-    if train:
-      # All layers of the block read these channels: measured once for all.
-      x_NHWC = layers.measure(x_NHWC, train)
+    # All layers of the block read these channels: measured once for all.
+    x_NHWC = layers.measure(x_NHWC, train)
     y_NHWC = self.conv1(jax.nn.relu(self.norm1(x_NHWC, train)))
     y_NHWC = self.conv2(jax.nn.relu(self.norm2(y_NHWC, train)))
-    if train:
-      y_NHWC = layers.measure(y_NHWC, train)
-    return layers.concatenate([x_NHWC, y_NHWC])
+    return layers.concatenate([x_NHWC, layers.measure(y_NHWC, train)])
 
   def macs(self, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     return self.conv1.macs(size)[0] + self.conv2.macs(size)[0], size

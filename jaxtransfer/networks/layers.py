@@ -122,14 +122,17 @@ class BatchNorm(nnx.Module):
     return y_NHWC.astype(self.dtype)
 
 
-def measure(x_NHWC: jax.Array | Measured, train: bool | str) -> Measured:
+def measure(
+  x_NHWC: jax.Array | Measured, train: bool | str
+) -> jax.Array | Measured:
   """Returns the map with its batch's statistics, computed where it has none.
 
   Args:
     x_NHWC: (N, H, W, C).
-    train: as for `BatchNorm`, and not False.
+    train: as for `BatchNorm`; for False, which needs none, the map is returned
+      as it is.
   """
-  if isinstance(x_NHWC, Measured):
+  if not train or isinstance(x_NHWC, Measured):
     return x_NHWC
   return Measured(x_NHWC, *_statistics(x_NHWC, _axis(train)))
 

@@ -479,21 +479,17 @@ def evaluate(
   }
 
 
-def doubts(evaluated: Mapping[str, Any]) -> list[str]:
+def doubts(auroc: float | None, low: float | None) -> list[str]:
   """Returns a note where a network cannot be told from guessing, for the page.
 
   Args:
-    evaluated: as `evaluate` returns it.
+    auroc: of the test split; None where undefined.
+    low: end of its interval; None without one.
   """
-  value, interval = next(
-    (value, interval)
-    for split, metric, value, interval, _ in evaluated["rows"]
-    if (split, metric) == ("test", "auroc")
-  )
-  least = value if interval is None else interval[0]
-  if not least <= 0.5:
+  least = auroc if low is None else low
+  if least is None or least > 0.5:
     return []
-  what = "is" if interval is None else "has an interval that reaches down to"
+  what = "is" if low is None else "has an interval that reaches down to"
   return [
     f"The test AUROC {what} {least:.3f}: on these images the network cannot be"
     " told from guessing."

@@ -61,6 +61,16 @@ def value_and_gradients(function, x, kernel):
   return both(x, kernel)
 
 
+def assert_plain(x, kernel, stride, groups):
+  """Value and both gradients are those of XLA's convolution."""
+  for found, expected in zip(
+    value_and_gradients(lambda x, k: ours(x, k, stride, groups), x, kernel),
+    value_and_gradients(lambda x, k: plain(x, k, stride, groups), x, kernel),
+    strict=True,
+  ):
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
   "batch, height, width, inputs, outputs",
   [
@@ -82,12 +92,7 @@ def test_3x3_is_the_plain_convolution(
   batch, height, width, inputs, outputs, stride
 ):
   x, kernel = operands(batch, height, width, inputs, outputs, 3, 1)
-  for found, expected in zip(
-    value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
-    value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),
-    strict=True,
-  ):
-    assert_close(found, expected)
+  assert_plain(x, kernel, stride, 1)
 
 
 @pytest.mark.parametrize(
@@ -104,24 +109,14 @@ def test_groups_are_the_plain_convolution(
   inputs, outputs, groups, stride, side
 ):
   x, kernel = operands(2, side, side, inputs, outputs, 3, groups)
-  for found, expected in zip(
-    value_and_gradients(lambda x, k: ours(x, k, stride, groups), x, kernel),
-    value_and_gradients(lambda x, k: plain(x, k, stride, groups), x, kernel),
-    strict=True,
-  ):
-    assert_close(found, expected)
+  assert_plain(x, kernel, stride, groups)
 
 
 @pytest.mark.parametrize("size, stride", [(1, 1), (1, 2), (7, 2), (5, 1)])
 @pytest.mark.parametrize("height", [11, 4])  # 4: the kernel lies on the border
 def test_other_kernels_are_the_plain_convolution(size, stride, height):
   x, kernel = operands(2, height, 8, 3, 5, size, 1)
-  for found, expected in zip(
-    value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
-    value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),
-    strict=True,
-  ):
-    assert_close(found, expected)
+  assert_plain(x, kernel, stride, 1)
 
 
 @pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (7, 2), (5, 1)])
@@ -132,12 +127,7 @@ def test_the_kernels_gradient_may_be_summed_in_parts(
   """One image at a time, and in parts of two or three where they fit."""
   monkeypatch.setattr(convolution, "_MOST_IN_CACHE", most)
   x, kernel = operands(6, 24, 21, 3, 5, size, 1)
-  for found, expected in zip(
-    value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
-    value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),
-    strict=True,
-  ):
-    assert_close(found, expected)
+  assert_plain(x, kernel, stride, 1)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +152,7 @@ def test_the_kernels_gradient_may_be_summed_over_bands(
   monkeypatch.setattr(
     convolution, "_cut_to_bands", lambda *a: cut.append(uncut(*a)) or cut[-1]
   )
-  for found, expected in zip(
-    value_and_gradients(lambda x, k: ours(x, k, stride, 1), x, kernel),
-    value_and_gradients(lambda x, k: plain(x, k, stride, 1), x, kernel),
-    strict=True,
-  ):
-    assert_close(found, expected)
+  assert_plain(x, kernel, stride, 1)
   # What the case is about did happen: as many images as bands of all of them.
   assert [dy.shape[:2] for _, dy in cut] == [(2 * outputs[0] // rows, rows)]
 

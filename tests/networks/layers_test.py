@@ -9,6 +9,27 @@ import pytest
 
 from jaxtransfer.networks import layers
 
+DATA, WHOLE = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+
+def over_devices(function, devices, in_specs, out_specs):
+  """The function compiled, each of the devices with its part of the batch."""
+  mesh = jax.make_mesh(
+    (devices,),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+  return jax.jit(
+    jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      check_vma=False,
+    )
+  )
+
 
 def convolved(x_NHWC, kernel_HWIO, stride, groups):
   """A convolution padded by half its kernel, as written in a textbook."""
@@ -212,21 +233,8 @@ def test_gradients_are_those_of_the_whole_batch(devices):
       jnp.asarray(numbers["scale"]),
       jnp.asarray(numbers["bias"]),
     )
-  mesh = jax.make_mesh(
-    (devices,),
-    ("data",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-    devices=jax.devices()[:devices],
-  )
-  data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-  found = jax.jit(
-    jax.shard_map(
-      ours,
-      mesh=mesh,
-      in_specs=(data, whole, whole, data),
-      out_specs=(data, whole, whole),
-      check_vma=False,
-    )
+  found = over_devices(
+    ours, devices, (DATA, WHOLE, WHOLE, DATA), (DATA, WHOLE, WHOLE)
   )(x, layer.scale[...], layer.bias[...], dy)
   for ours_of, expected_of in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours_of, expected_of, rtol=1e-4, atol=2e-5)
@@ -272,22 +280,12 @@ def test_channels_measured_apart_are_those_measured_together(dtype):
     wide, running = out
     return wide, running, gradients[0], jax.lax.psum(gradients[1], "data")
 
-  mesh = jax.make_mesh(
-    (2,),
-    ("data",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-    devices=jax.devices()[:2],
-  )
-  data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
   results = [
-    jax.jit(
-      jax.shard_map(
-        functools.partial(run, apart=apart),
-        mesh=mesh,
-        in_specs=(data, whole, data),
-        out_specs=(data, whole, data, whole),
-        check_vma=False,
-      )
+    over_devices(
+      functools.partial(run, apart=apart),
+      2,
+      (DATA, WHOLE, DATA),
+      (DATA, WHOLE, DATA, WHOLE),
     )([first, second], scales, weights)
     for apart in (False, True)
   ]

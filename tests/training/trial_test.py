@@ -202,15 +202,15 @@ def test_splits_are_not_drawn_anew_beside_what_was_trained(tmp_path, there):
 
 
 @pytest.mark.parametrize(
-  "value, interval, said",
+  "value, low, said",
   [
-    (0.81, (0.7, 0.9), None),
-    (0.61, (0.48, 0.7), "reaches down to 0.480"),
+    (0.81, 0.7, None),
+    (0.61, 0.48, "reaches down to 0.480"),
     (0.44, None, "is 0.440"),
-    (np.nan, (np.nan, np.nan), None),  # one class in the test split
+    (None, None, None),  # one class in the test split
   ],
 )
-def test_what_guessing_could_have_scored_is_noted(value, interval, said):
-  notes = trial.doubts({"rows": [("test", "auroc", value, interval, 9)]})
+def test_what_guessing_could_have_scored_is_noted(value, low, said):
+  notes = trial.doubts(value, low)
   assert len(notes) == (said is not None)
   assert said is None or said in notes[0]

@@ -23,7 +23,7 @@ def get_config(network: str = "resnet50") -> ml_collections.ConfigDict:
   config.probes = (
     "logistic,linear_svm,knn,nearest_mean"  # the first decides the cut
   )
-  config.strengths = tuple(10.0**k for k in range(-4, 2))  # scikit-learn's C
+  config.strengths = tuple(10.0**k for k in range(-6, 4))  # scikit-learn's C
   config.resamples = 1000  # of the groups, for the intervals
   config.cost_batch_size = 32  # images a step when speed is measured
   return config

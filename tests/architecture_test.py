@@ -30,6 +30,7 @@ ALLOWED = {
     "features",
     "files",
     "hosts",
+    "inference",
     "measure",
     "networks",
     "parallel",

@@ -10,7 +10,6 @@ Source: the question, knowledge gain over a random-weight network, is Li and
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -24,20 +23,27 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from jaxtransfer import configuration, errors, features, files, parallel
+from jaxtransfer import (
+  configuration,
+  errors,
+  features,
+  files,
+  inference,
+  parallel,
+)
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import pipeline, sources
 from jaxtransfer.data import splits as splitting
-from jaxtransfer.measure import bootstrap, classification, cost, gain, probes
-from jaxtransfer.networks import tensors, zoo
+from jaxtransfer.measure import bootstrap, classification, gain, probes
+from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import page, tables
-from jaxtransfer.training import steps
+from jaxtransfer.report import page, sentences, tables
 from jaxtransfer.weights import loading
 
 SPLITS = ("val", "test")
 # Features of one tap held at a time; probing needs a few times as much.
 _PROBED_BYTES = 2**30
+_NAMED = 3  # taps in a note; more are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Measured:
     resampled: (networks, 2, resamples) float64: first probe, first metric.
     intervals: (probes, metrics, 2) low and high of the pretrained, on test.
     strengths: (networks, probes) chosen on val; NaN where a probe has none.
+    beyond: (networks, probes) as `probes.ProbeResult` has it.
     converged: (networks, probes) bool.
   """
 
@@ -75,6 +82,7 @@ class Measured:
   resampled: np.ndarray
   intervals: np.ndarray
   strengths: np.ndarray
+  beyond: np.ndarray
   converged: np.ndarray
 
   def save(self, path: pathlib.Path) -> None:
@@ -109,7 +117,12 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     config, examples, workdir.path / "splits.json"
   )
   # After the images, because it may download.
-  source = loading.resolve_weights(plan.network, config.network.weights)
+  source = loading.resolve_weights(plan.network, config.network.weights or None)
+  if source.path is None:
+    raise errors.UsageError(
+      f"config.network.weights is {config.network.weights!r}; this job compares"
+      " pretrained weights with random ones: name some, or give a file"
+    )
   if source.slim_after:
     raise errors.UsageError(
       f"{source.path} holds layers of half the width after"
@@ -159,12 +172,18 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   probing = time.monotonic() - started
 
   started = time.monotonic()
-  costs = _costs(config, plan, networks[label], images, devices)
+  network = networks[label]
+  costs, checked = _costs(
+    config, plan, network, images, devices, workdir.path / "features"
+  )
   costing = time.monotonic() - started
 
-  results = _results(config, plan, label, examples, divided, measured, costs)
+  rows = extracted[label].rows()
+  read = {name: of[np.isin(of, rows)] for name, of in divided.items()}
+  results = _results(config, plan, label, examples, read, measured, costs)
   summary = results["summary"]
   summary |= {
+    "sum_over_whole": checked,
     "failures": len(failures),
     "normalisation": {"mean": list(source.mean), "std": list(source.std)},
     "weights_sha256": source.sha256,
@@ -193,11 +212,6 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   if not config.strengths or min(config.strengths) <= 0:
     raise errors.UsageError(
       f"config.strengths is {config.strengths}; it must be positive numbers"
-    )
-  if not config.network.weights:
-    raise errors.UsageError(
-      "config.network.weights is empty; this job compares pretrained weights"
-      " with random ones: name some, or give a file"
     )
   kinds = tuple(kind.strip() for kind in config.probes.split(","))
   for kind in kinds:
@@ -298,7 +312,8 @@ def _probe(
   shape = (len(networks), len(plan.probes))
   values = np.empty((*shape, len(plan.metrics), len(SPLITS)))
   intervals = np.empty((len(plan.probes), len(plan.metrics), 2))
-  chosen, converged = np.empty(shape), np.empty(shape, bool)
+  chosen, beyond = np.empty(shape), np.empty(shape)
+  converged = np.empty(shape, bool)
   resampled = np.empty((len(networks), len(SPLITS), len(weights["test"])))
   first = networks[0].tap(tap)
   # As many networks at a time as fit: all of them but for large sources.
@@ -323,7 +338,8 @@ def _probe(
       except ValueError as e:
         raise errors.RunError(f"{kind} probe of {tap}: {e}") from e
       here = slice(start, start + len(some))
-      chosen[here, p], converged[here, p] = fitted.strength, fitted.converged
+      chosen[here, p], beyond[here, p] = fitted.strength, fitted.beyond
+      converged[here, p] = fitted.converged
       for s, split in enumerate(SPLITS):
         for r, scores in enumerate(getattr(fitted, f"{split}_scores"), start):
           for m, name in enumerate(plan.metrics):
@@ -336,7 +352,7 @@ def _probe(
                 resampled[r, s] = again
               if r == 0 and split == "test":
                 intervals[p, m] = bootstrap.interval(again)
-  return Measured(values, resampled, intervals, chosen, converged)
+  return Measured(values, resampled, intervals, chosen, beyond, converged)
 
 
 def _costs(
@@ -345,41 +361,39 @@ def _costs(
   network: Network,
   images: features.Images,
   devices: parallel.Devices,
-) -> list[dict[str, float]]:
-  """Cuts the network at every tap and measures what the cut one costs."""
+  directory: pathlib.Path,
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+  """Returns what the network cut at every tap costs, and how it was checked."""
   layers = {
     layer.name: layer
     for layer in zoo.list_layers(plan.network, images.image_size)
   }
-  values = tensors.dump(network)
-  size = devices.batch_size(config.cost_batch_size)
-  pixels = np.random.default_rng(config.seed).integers(
-    0, 256, (size, images.image_size, images.image_size, 3), np.uint8
+  measured = inference.measure_cuts(
+    network,
+    plan.taps,
+    mean=images.mean,
+    std=images.std,
+    image_size=images.image_size,
+    batch_size=devices.batch_size(config.cost_batch_size),
+    devices=devices,
+    directory=directory,
   )
-  batch = devices.put(pixels)
-  calls, found = [], []
-  for tap in plan.taps:
-    cut = zoo.build(plan.network, until=tap, dtype=jnp.dtype(config.dtype))
-    tensors.load(cut, {name: values[name] for name in tensors.shapes(cut)})
-    graph, *numbers = steps.take_apart(cut)
-    forward = steps.make_predict(graph, images.mean, images.std)
-    numbers = devices.replicate(tuple(numbers))
-    program = devices.compile(forward).lower(numbers, batch).compile()
-    calls.append(functools.partial(program, numbers, batch))
-    layer = layers[tap]
-    found.append(
-      {
-        "channels": layer.channels,
-        "params": layer.params,
-        "macs": layer.macs,
-        "peak_memory_bytes": cost.peak_memory(program),
-      }
+  costs = [
+    {
+      "channels": layers[tap].channels,
+      "params": layers[tap].params,
+      "macs": layers[tap].macs,
+      "peak_memory_bytes": memory,
+      "images_per_second": float(speed),
+    }
+    for tap, speed, memory in zip(
+      plan.taps,
+      measured.images_per_second,
+      measured.peak_memory_bytes,
+      strict=True,
     )
-  speeds = cost.measure_forward(calls, size)
-  return [
-    {**of_cut, "images_per_second": speed.median}
-    for of_cut, speed in zip(found, speeds, strict=True)
   ]
+  return costs, measured.sum_over_whole
 
 
 def _results(
@@ -387,127 +401,214 @@ def _results(
   plan: Plan,
   label: str,
   examples: sources.Examples,
-  divided: Mapping[str, np.ndarray],
+  read: Mapping[str, np.ndarray],
   measured: Sequence[Measured],
   costs: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
-  """Turns arrays into the rows and the summary of results.json."""
-  metric, probe = plan.metrics[0], plan.probes[0]
-  val, test = ({"split": s, "n": len(divided[s])} for s in SPLITS)
-  rows = _score_rows(plan, label, measured, val, test)
+  """Turns arrays into the rows and the summary of results.json.
 
+  Args:
+    config: the whole config.
+    plan: it, checked.
+    label: of the pretrained network.
+    examples: the source.
+    read: rows of every split that could be read.
+    measured: of every tap.
+    costs: of every tap.
+  """
+  metric, probe = plan.metrics[0], plan.probes[0]
+  val, test = ({"split": s, "n": len(read[s])} for s in SPLITS)
   # (networks, 2, taps, resamples): the same resamples everywhere, so that
   # differences between networks and between taps are paired.
   resampled = np.stack([one.resampled for one in measured], axis=2)
   values = np.stack([one.values[:, 0, 0] for one in measured], axis=2)
-  main = {"tap": None, "probe": probe}
-  pretrained = {"weights": label, "seed": None, **main}
-  random = {"weights": "random", "seed": None, **main}
-  gains = gain.gain(values[0, 1], values[1:, 1])
-  gains_again = gain.gain(resampled[0, 1], resampled[1:, 1])
-  spread = gain.seed_spread(values[1:, 1])
-  marginal = gain.marginal_gain(values[0, 1])
-  marginal_again = gain.marginal_gain(resampled[0, 1])
-  mean_again = resampled[1:, 1].mean(0)
   cut = gain.choose_cut(values[0, 0], resampled[0, 0], config.tolerance)
-  against = values[0, 0] - values[0, 0][cut.best]
-  against_again = resampled[0, 0] - resampled[0, 0][cut.best]
-  for t, tap in enumerate(plan.taps):
-    for base, name, split, value, again in (
-      (random, metric, test, values[1:, 1, t].mean(), mean_again[t]),
-      (random, f"{metric}:seed_sd", test, spread[t], None),
-      (pretrained, f"{metric}:gain", test, gains[t], gains_again[t]),
-      (
-        pretrained,
-        f"{metric}:marginal_gain",
-        test,
-        marginal[t],
-        marginal_again[t],
-      ),
-      (
-        pretrained,
-        f"{metric}:against_best",
-        val,
-        against[t],
-        against_again[t],
-      ),
-    ):
-      interval = None if again is None else bootstrap.interval(again)
-      rows.append(
-        tables.row(base | split | {"tap": tap}, name, value, interval)
-      )
-    for name, value in costs[t].items():
-      rows.append(tables.row({"weights": label, "tap": tap}, name, value))
+  random_best = int(np.nanargmax(values[1:, 0].mean(0)))
+  rows = _score_rows(plan, label, measured, val, test)
+  rows += _compared_rows(
+    plan,
+    label,
+    values,
+    resampled,
+    cut,
+    random_best,
+    config.tolerance,
+    val,
+    test,
+  )
+  for tap, of_tap in zip(plan.taps, costs, strict=True):
+    base = {"weights": label, "tap": tap}
+    rows += [tables.row(base, name, value) for name, value in of_tap.items()]
   rows = [{**row, "network": plan.network} for row in rows]
+  groups = None
+  if examples.groups is not None:
+    groups = {
+      name: len({examples.groups[row] for row in split})
+      for name, split in read.items()
+    }
+  units = (
+    "images, whose patients are not known," if groups is None else "groups"
+  )
+  count = len(read["test"]) if groups is None else groups["test"]
+  summary = {
+    "rule": (
+      "A tap is a layer whose output the probe reads; stem is the first"
+      " convolution with its pooling. "
+      + gain.rule(config.tolerance, tables.metric_name(metric))
+      + " The best tap and the interval come from the validation split."
+    ),
+    "cut": plan.taps[cut.index],
+    "best": plan.taps[cut.best],
+    "random_best": plan.taps[random_best],
+    "metric": metric,
+    "probe": probe,
+    "tolerance": config.tolerance,
+    "network": plan.network,
+    "weights": label,
+    "data": config.data.source,
+    "classes": examples.classes,
+    "taps": list(plan.taps),
+    "seeds": plan.seeds,
+    "rows": {name: len(split) for name, split in read.items()},
+    "groups": groups,
+    "notes": _notes(config, plan, label, measured, resampled),
+    "interval": (
+      f"95 % percentile bootstrap over {count:,} {units} of the test split,"
+      f" {config.resamples:,} resamples, paired between networks and taps"
+    ),
+  }
+  sentence = sentences.layers(summary, tables.Measurements(rows))
+  return {
+    "job": "layers",
+    "summary": {"sentence": sentence, **summary},
+    "measurements": rows,
+  }
 
-  gain_low = np.array([bootstrap.interval(again)[0] for again in gains_again])
+
+def _compared_rows(
+  plan: Plan,
+  label: str,
+  values: np.ndarray,
+  resampled: np.ndarray,
+  cut: gain.Cut,
+  random_best: int,
+  tolerance: float,
+  val: Mapping[str, Any],
+  test: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+  """Returns what the main probe and metric say of the taps beside each other.
+
+  Args:
+    plan: the config, checked.
+    label: of the pretrained network.
+    values: (networks, 2, taps) scores on val and test, pretrained first.
+    resampled: (networks, 2, taps, resamples) the same in resamples.
+    cut: where to cut.
+    random_best: the tap where random weights do best on validation.
+    tolerance: of the cut.
+    val: what rows of the validation split have in common.
+    test: what rows of the test split have in common.
+  """
+  metric = plan.metrics[0]
+  main = {"seed": None, "probe": plan.probes[0]}
+  pretrained = {"weights": label, **main}
+  random = {"weights": "random", **main}
+
+  def less(array: np.ndarray, tap: int) -> np.ndarray:
+    return array - array[tap]
+
+  (on_val, on_test), (val_again, test_again) = values[0], resampled[0]
+  mean, mean_again = values[1:, 1].mean(0), resampled[1:, 1].mean(0)
+  found = [
+    (random, metric, test, mean, mean_again),
+    (random, f"{metric}:seed_sd", test, gain.seed_spread(values[1:, 1]), None),
+  ]
+  found += [
+    (pretrained, f"{metric}:{name}", split, of_taps, again)
+    for name, split, of_taps, again in (
+      (
+        "gain",
+        test,
+        gain.gain(on_test, values[1:, 1]),
+        gain.gain(test_again, resampled[1:, 1]),
+      ),
+      (
+        "marginal_gain",
+        test,
+        gain.marginal_gain(on_test),
+        gain.marginal_gain(test_again),
+      ),
+      ("against_best", val, less(on_val, cut.best), less(val_again, cut.best)),
+      (
+        "against_cut",
+        test,
+        less(on_test, cut.index),
+        less(test_again, cut.index),
+      ),
+      (
+        "over_random",
+        test,
+        on_test - mean[random_best],
+        test_again - mean_again[random_best],
+      ),
+      (
+        "chosen",
+        val,
+        gain.choice_shares(on_val, val_again, tolerance),
+        None,
+      ),
+    )
+  ]
+  return [
+    tables.row(
+      base | split | {"tap": tap},
+      name,
+      of_taps[t],
+      None if again is None else bootstrap.interval(again[t]),
+    )
+    for t, tap in enumerate(plan.taps)
+    for base, name, split, of_taps, again in found
+  ]
+
+
+def _notes(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  label: str,
+  measured: Sequence[Measured],
+  resampled: np.ndarray,
+) -> list[str]:
+  """Returns what the user should know of the measurements, a line each."""
   notes = []
-  if not (gain_low > 0).any():
+  gains = gain.gain(resampled[0, 1], resampled[1:, 1])
+  if not (bootstrap.interval(gains)[0] > 0).any():
     notes.append(
       "At no tap does the interval of the gain lie above zero: on these images"
       " the pretrained weights are not shown to be worth more than random ones."
     )
-  ends = {min(config.strengths), max(config.strengths)}
+  # An end of the grid that is hardly better than its neighbour is as good a
+  # place as any: only a slope says that more would be gained beyond it.
   at_end = [
     tap
     for tap, one in zip(plan.taps, measured, strict=True)
-    if len(ends) > 1 and one.strengths[0, 0] in ends
+    if one.beyond[0, 0] > config.tolerance
   ]
   if at_end:
+    shown = ", ".join(at_end[:_NAMED])
+    if len(at_end) > _NAMED:
+      shown += f" and {len(at_end) - _NAMED} more"
     notes.append(
-      f"Validation chose the smallest or largest of config.strengths for"
-      f" {label} at {', '.join(at_end)}: a wider grid may score higher there."
+      f"At {len(at_end)} of {len(plan.taps)} taps validation chose the smallest"
+      f" or largest of config.strengths for {label}, more than"
+      f" {config.tolerance:g} above the one beside it ({shown}): a wider grid"
+      " may score higher there."
     )
   unfinished = sum(int((~one.converged).sum()) for one in measured)
   if unfinished:
     notes.append(
       f"{unfinished} fits of a probe stopped before they had converged."
     )
-  groups = None
-  if examples.groups is not None:
-    groups = {
-      name: len({examples.groups[row] for row in split})
-      for name, split in divided.items()
-    }
-  units = "images" if groups is None else "groups"
-  count = len(divided["test"]) if groups is None else groups["test"]
-  low, high = bootstrap.interval(resampled[0, 1, cut.index])
-  return {
-    "job": "layers",
-    "summary": {
-      "sentence": _sentence(
-        plan,
-        cut,
-        values[0, 1],
-        (low, high),
-        (gains, [bootstrap.interval(again) for again in gains_again]),
-        costs,
-      ),
-      "rule": (
-        gain.rule(config.tolerance, tables.metric_name(metric))
-        + " The best tap and the interval come from the validation split."
-      ),
-      "cut": plan.taps[cut.index],
-      "best": plan.taps[cut.best],
-      "metric": metric,
-      "probe": probe,
-      "tolerance": config.tolerance,
-      "network": plan.network,
-      "weights": label,
-      "data": config.data.source,
-      "classes": examples.classes,
-      "taps": list(plan.taps),
-      "seeds": plan.seeds,
-      "rows": {name: len(split) for name, split in divided.items()},
-      "groups": groups,
-      "notes": notes,
-      "interval": (
-        f"95 % percentile bootstrap over {count:,} {units} of the test split,"
-        f" {config.resamples:,} resamples, paired between networks and taps"
-      ),
-    },
-    "measurements": rows,
-  }
+  return notes
 
 
 def _score_rows(
@@ -537,35 +638,6 @@ def _score_rows(
           interval = None if r else one.intervals[p, m]
           rows.append(tables.row(base | test, metric, scores[1], interval))
   return rows
-
-
-def _sentence(
-  plan: Plan,
-  cut: gain.Cut,
-  scores: np.ndarray,
-  interval: tuple[float, float],
-  gains: tuple[np.ndarray, Sequence[tuple[float, float]]],
-  costs: Sequence[Mapping[str, float]],
-) -> str:
-  """Says in words where to cut, what it costs and what pretraining gave."""
-  here, full = costs[cut.index], costs[-1]
-  metric = tables.metric_name(plan.metrics[0])
-  tap, deepest = plan.taps[cut.index], plan.taps[-1]
-  score = f"{scores[cut.index]:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-  low, high = gains[1][cut.index]
-  worth = (
-    f"There the pretrained weights are worth {gains[0][cut.index]:+.3f}"
-    f" [{low:+.3f}, {high:+.3f}] {metric} over random ones."
-  )
-  if cut.index == len(plan.taps) - 1:
-    return f"Keep all layers up to {tap}: {score} {metric}. {worth}"
-  return (
-    f"Cut after {tap}: {score} {metric} against {scores[-1]:.3f} at {deepest},"
-    " the deepest, with"
-    f" {tables.percent(here['params'], full['params'])} of the parameters and"
-    f" {here['images_per_second'] / full['images_per_second']:.1f}x the speed."
-    f" {worth}"
-  )
 
 
 def _print(results: Mapping[str, Any]) -> None:

@@ -132,6 +132,52 @@ def choose_cut(
   return Cut(int(fits.argmax()), best, low, high)
 
 
+def choice_shares(
+  values: npt.ArrayLike,
+  resampled: npt.ArrayLike,
+  tolerance: float,
+  level: float = 0.95,
+) -> np.ndarray:
+  """Returns how often `choose_cut` would have chosen each tap.
+
+  Every resample is taken for the data once. The intervals that the rule then
+  asks for would need resamples of the resample; they are taken to be as wide
+  to both sides as those of the data themselves.
+
+  Args:
+    values: (T,) scores of one network at T taps, shallowest first.
+    resampled: (T, B) the same in B resamples, the same ones at every tap.
+    tolerance: as `choose_cut` takes it.
+    level: of the interval.
+
+  Returns:
+    (T,) shares of the B resamples, which sum to one. Resamples in which a
+    score is undefined are left out; NaN where all are.
+
+  Raises:
+    ValueError: as `choose_cut` raises it.
+
+  Source: choosing anew in every resample is Efron's "Estimation and accuracy
+    after model selection", JASA 2014.
+  """
+  values = np.asarray(values, np.float64)
+  resampled = np.asarray(resampled, np.float64)
+  choose_cut(values, resampled, tolerance, level)
+  resampled = resampled[:, ~np.isnan(resampled).any(0)]
+  if not resampled.shape[1]:
+    return np.full(len(values), np.nan)
+  best = resampled.argmax(0)
+  counts = np.zeros(len(values))
+  for tap in np.unique(best):
+    low, _ = bootstrap.interval(resampled - resampled[tap], level)
+    below = low - (values - values[tap])
+    some = resampled[:, best == tap]
+    fits = some - some[tap] + below[:, None] >= -tolerance - 1e-12
+    fits[tap] = True
+    counts += np.bincount(fits.argmax(0), minlength=len(values))
+  return counts / counts.sum()
+
+
 def rule(tolerance: float, metric: str, level: float = 0.95) -> str:
   """Says in words how `choose_cut` chooses.
 

@@ -54,6 +54,9 @@ class ProbeResult:
       training rows scores -inf.
     test_scores: (R, Nt, C) float32.
     strength: (R,) float64, chosen on validation; NaN where there is none.
+    beyond: (R,) float64, by how much the strength, where it is an end of the
+      grid, does better on validation than the one beside it: whether a wider
+      grid might do better still. Zero inside the grid.
     converged: (R,) bool, of the fit with that strength.
     iterations: (R,) int, of the same.
   """
@@ -61,6 +64,7 @@ class ProbeResult:
   val_scores: np.ndarray
   test_scores: np.ndarray
   strength: np.ndarray
+  beyond: np.ndarray
   converged: np.ndarray
   iterations: np.ndarray
 
@@ -171,6 +175,7 @@ def fit_probe(
       result(val),
       result(test),
       np.array([one.strength for one in best]),
+      np.array([one.beyond for one in best]),
       np.array([one.converged for one in best]),
       np.array([one.iterations for one in best]),
     )
@@ -186,6 +191,7 @@ def fit_probe(
     scores[:, : len(y_val)],
     scores[:, len(y_val) :],
     np.full(networks, np.nan),
+    np.zeros(networks),
     np.ones(networks, bool),
     np.zeros(networks, int),
   )
@@ -636,6 +642,7 @@ class _Best:
 
   value: float = -np.inf
   strength: float = np.nan
+  beyond: float = 0.0
   converged: bool = False
   iterations: int = 0
   weights: np.ndarray | None = None
@@ -672,6 +679,7 @@ def _fit_linear(
   double = 2 if kind == "logistic" and classes == 2 else 1
   together, wide = _chunks(networks, len(strengths), classes, rows, width)
   bases, best = [], [_Best() for _ in range(networks)]
+  values = np.empty((networks, len(strengths)))
   for first in range(0, networks, together):
     some = range(first, min(first + together, networks))
     x = np.zeros((together, width, rows), np.float32)
@@ -698,12 +706,22 @@ def _fit_linear(
         w = weights[i].astype(np.float64)
         kept = turned[i].shape[1]
         value = validate(turned[i] @ w[:, :kept].T + w[:, -1])
+        values[r, s] = value
         # Strictly: of equal ones the first, the most regularised.
         if value > best[r].value:
           w = np.concatenate([w[:, :kept], w[:, -1:]], 1)
           best[r] = _Best(
-            value, strengths[s], bool(converged[i]), int(iterations[i]), w
+            value,
+            strengths[s],
+            converged=bool(converged[i]),
+            iterations=int(iterations[i]),
+            weights=w,
           )
+  for one, of_one in zip(best, values, strict=True):
+    if len(strengths) > 1 and one.strength == strengths[0]:
+      one.beyond = one.value - of_one[1]
+    elif len(strengths) > 1 and one.strength == strengths[-1]:
+      one.beyond = one.value - of_one[-2]
   return bases, best
 
 

@@ -63,7 +63,10 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           f"Validation {metric}: difference to the best tap",
           "Below zero a tap is worse than the best one. The dotted "
           "line is the tolerated loss; taps whose whole interval lies "
-          "above it are full, the others hollow.",
+          "above it are full, the others hollow. Below, how often the rule "
+          "would have chosen each tap, had other patients of the same kind "
+          "been in the validation split: where no bar is long, the cut is a "
+          "matter of chance.",
         ),
       ],
     ),
@@ -200,12 +203,30 @@ def rule(
   if not loss.measured:
     return None
   tolerance = tables.finite(summary.get("tolerance"))
+  chosen = _chosen(summary, measurements)
+  heights = [2.0, 0.75] if chosen.measured else [2.0]
   with figures.style():
-    figure, (axis,) = figures.depth_panels(taps, [2.0], _marks(summary))
+    figure, (axis, *below) = figures.depth_panels(
+      taps, heights, _marks(summary)
+    )
     figures.draw_differences(axis, loss, -tolerance)
     figures.name_marks(axis, taps, _marks(summary))
     axis.set_ylabel(f"validation {_metric(summary)}\nminus the best tap's")
+    for panel in below:
+      figures.draw_cost(panel, 100 * chosen.value, "chosen, %")
+    figure.align_ylabels()
   return figure
+
+
+def _chosen(summary: Mapping[str, Any], measurements: Measurements) -> Series:
+  """Returns in what share of the resamples the rule would choose each tap."""
+  return measurements.series(
+    summary["taps"],
+    f"{summary.get('metric')}:chosen",
+    weights=summary.get("weights"),
+    probe=summary.get("probe"),
+    split="val",
+  )
 
 
 def gain(
@@ -328,6 +349,8 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
   chance = _scores(summary, measurements, weights=_RANDOM)
   spread = _scores(summary, measurements, weights=_RANDOM, kind="seed_sd")
   gained = _scores(summary, measurements, kind="gain")
+  beside = _scores(summary, measurements, kind="against_cut")
+  chosen = _chosen(summary, measurements)
   loss = measurements.series(
     taps,
     f"{name}:against_best",
@@ -356,7 +379,9 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
         tables.with_interval(*(part[i] for part in scores)),
         random(i),
         tables.with_interval(*(part[i] for part in gained), signed=True),
+        tables.with_interval(*(part[i] for part in beside), signed=True),
         tables.with_interval(*(part[i] for part in loss), signed=True),
+        tables.percent(chosen.value[i], 1),
         _whole(channels[i]),
         tables.with_note(
           tables.quantity(params[i]), tables.percent(params[i], params[-1])
@@ -371,7 +396,9 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
     f"test {metric}",
     "random weights",
     "gain",
+    "against the cut",
     "against best (validation)",
+    "chosen (validation)",
     "channels",
     "parameters",
     "MACs",
@@ -385,6 +412,13 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
     if j < 2 or any(row[j] != tables.ABSENT for row in rows)
   ]
   words = f"Probe: {_probe(probe)}. Intervals in brackets."
+  if beside.measured:
+    words += (
+      " Against the cut: test scores, paired; where the interval holds zero"
+      " these images cannot tell the two apart."
+    )
+  if chosen.measured:
+    words += " Chosen: in how many resamples of the validation split."
   if spread.measured:
     words += " s.d.: the spread over random networks."
   if taps:
@@ -392,6 +426,14 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
       " Percentages and factors compare parameters and speed with the deepest "
       f"tap, {taps[-1]}."
     )
+  checked = summary.get("sum_over_whole") or {}
+  if 0 < len(checked) < len(taps):
+    ratios = [tables.finite(ratio) for ratio in checked.values()]
+    words += (
+      " Speeds between the ends of stages are sums over layers, each timed"
+      " alone, brought to the networks cut at the ends and timed whole"
+    )
+    words += f" (sums were {min(ratios):.2f} to {max(ratios):.2f} of these)."
   return tables.table(
     words,
     [header[j] for j in kept],

@@ -212,12 +212,13 @@ def _document(title: str, body: Html) -> Html:
 
 def _header(job: str, title: str, summary: Mapping[str, Any]) -> Html:
   sentence = str(summary.get("sentence") or "")
-  rule = summary.get("rule")
+  rule, interval = summary.get("rule"), summary.get("interval")
   return tag(
     "header",
     tag("p", f"jaxtransfer · {job}", class_="kind"),
     tag("h1", title),
     tag("p", sentence.replace(" %", "\u00a0%"), class_="sentence"),
+    tag("p", f"In brackets: {interval}.", class_="rule") if interval else None,
     tag("p", f"How this was decided: {rule}", class_="rule") if rule else None,
   )
 

@@ -133,6 +133,25 @@ def test_the_cut_follows_its_rule_on_the_validation_split(finished):
   assert summary["cut"] == allowed[0]
   assert evidence[summary["best"]]["value"] == 0
   assert summary["cut"] in summary["sentence"]
+  shares = [r["value"] for r in _select(results, metric="auroc:chosen")]
+  assert len(shares) == len(TAPS) and sum(shares) == pytest.approx(1)
+
+
+def test_every_tap_is_compared_with_the_cut_on_test(finished):
+  """Recomputed from the scores; the cut beside itself is a sure zero."""
+  results = _results(finished)
+  cut = results["summary"]["cut"]
+  label = "mine.safetensors"
+  said = {"probe": "logistic", "split": "test", "weights": label}
+  scores = {r["tap"]: r for r in _select(results, metric="auroc", **said)}
+  beside = _select(results, metric="auroc:against_cut", **said)
+  assert [r["tap"] for r in beside] == list(TAPS)
+  for row in beside:
+    expected = scores[row["tap"]]["value"] - scores[cut]["value"]
+    assert row["value"] == pytest.approx(expected, abs=1e-12)
+    assert row["low"] <= row["value"] <= row["high"]
+    if row["tap"] == cut:
+      assert row["low"] == row["high"] == 0
 
 
 def test_costs_are_those_of_the_cut_network(finished):
@@ -203,7 +222,14 @@ def test_a_bad_image_is_listed_and_the_exit_code_says_so(
   )
   assert _run(config, tmp_path / "run") == 1
   assert "7.png" in (tmp_path / "run" / "failures.csv").read_text()
-  assert _results(tmp_path / "run")["summary"]["failures"] == 1
+  results = _results(tmp_path / "run")
+  summary = results["summary"]
+  assert summary["failures"] == 1
+  # What is counted is what was read: of 60 images one is in no score.
+  assert sum(summary["rows"].values()) == 59
+  for split in ("val", "test"):
+    counts = {r["n"] for r in _select(results, split=split)}
+    assert counts == {summary["rows"][split]}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +246,7 @@ def test_a_bad_image_is_listed_and_the_exit_code_says_so(
     ({"dtype": "float16"}, "bfloat16"),
     ({"network__name": "resnet51"}, "did you mean"),
     ({"network__weights": ""}, "config.network.weights"),
+    ({"network__weights": "random"}, "config.network.weights"),
     ({"network__weights": "/no/such.pth"}, "/no/such.pth"),
     ({"data__source": "/no/such.csv"}, "/no/such.csv"),
     ({"data__split_fractions": (0.5, 0.5, 0.0)}, "the test split"),

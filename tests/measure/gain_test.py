@@ -80,6 +80,42 @@ def test_one_tap_is_the_cut():
   assert (cut.index, cut.best) == (0, 0)
 
 
+def test_choice_shares_are_those_of_choosing_again():
+  """Against the rule itself, applied to each resample with resamples of it:
+  the scores of T taps are means over rows, so drawing rows of a draw is cheap.
+  """
+  generator = np.random.default_rng(0)
+  rows, resamples = 60, 400
+  truth = np.array([0.80, 0.88, 0.90])
+  scores = truth[:, None] + generator.normal(0, 0.15, (3, rows))
+
+  def draws(of, count):
+    picked = generator.integers(of.shape[1], size=(count, of.shape[1]))
+    return of[:, picked]  # (3, count, rows)
+
+  drawn = draws(scores, resamples)
+  shares = gain.choice_shares(scores.mean(1), drawn.mean(2), 0.03)
+  counts = np.zeros(3)
+  for b in range(resamples):
+    again = draws(drawn[:, b], 200).mean(2)
+    counts[gain.choose_cut(drawn[:, b].mean(1), again, 0.03).index] += 1
+  assert shares.sum() == pytest.approx(1)
+  assert 0.05 < shares[2] < 0.95
+  # Two shares of 400 differ by up to 0.07 by chance alone.
+  np.testing.assert_allclose(shares, counts / resamples, atol=0.08)
+
+
+def test_choice_shares_without_doubt_and_without_a_score():
+  certain = _resampled([0.5, 0.9, 0.9], [1e-4] * 3)
+  shares = gain.choice_shares([0.5, 0.9, 0.9], certain, 0.01)
+  np.testing.assert_allclose(shares, [0, 1, 0])
+  certain[0, :1000] = np.nan
+  again = gain.choice_shares([0.5, 0.9, 0.9], certain, 0.01)
+  np.testing.assert_allclose(again, shares)
+  nothing = gain.choice_shares([0.5], [[np.nan, np.nan]], 0.01)
+  assert np.isnan(nothing).all()
+
+
 def test_rule_says_what_is_done():
   text = gain.rule(0.02, "AUROC")
   assert "AUROC" in text

@@ -248,6 +248,42 @@ def test_strength_is_the_best_on_validation(kind):
   )
 
 
+@pytest.mark.parametrize("kind", ["logistic", "linear_svm"])
+def test_an_end_of_the_grid_says_what_may_lie_beyond(kind):
+  """By how much it beats the strength beside it; a plateau, where all are
+  equal and the smallest is taken, is no reason for a wider grid."""
+  labels, train = _features("relu", 3, ROWS)
+  val_labels, val = _features("relu", 4, QUERIES)
+
+  def fit(strengths):
+    return probes.fit_probe(
+      kind,
+      train[None],
+      labels,
+      val[None],
+      val_labels,
+      val[None],
+      strengths,
+      "auroc",
+    )
+
+  grid = [1e-12, 1e-11, 1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2]
+  alone = np.array(
+    [classification.auroc(val_labels, fit([s]).val_scores[0]) for s in grid]
+  )
+  best = int(alone.argmax())
+  assert 3 <= best < len(grid) - 1
+  assert fit(grid).beyond[0] == 0
+  up, down = fit(grid[2 : best + 1]), fit(grid[best:])
+  assert up.strength[0] == down.strength[0] == grid[best]
+  for end, beside in ((up, best - 1), (down, best + 1)):
+    expected = alone[best] - alone[beside]
+    assert end.beyond[0] == pytest.approx(expected, abs=1e-3)
+    assert expected > 0
+  assert abs(fit(grid[:2]).beyond[0]) < 1e-3
+  assert fit(grid[:1]).beyond[0] == 0
+
+
 def test_of_equally_good_strengths_the_most_regularised():
   """Classes far apart are told apart by any strength."""
   labels = np.arange(60) % 3

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxtransfer import configuration, errors, files, hosts, parallel
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline
+from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, classification, cost
 from jaxtransfer.networks import tensors, zoo
@@ -276,7 +276,7 @@ def _save_splits(path: pathlib.Path, data: Sequence[trial.Data]) -> None:
   rows = data[0].rows
   if data[0] is not data[-1]:
     rows = splitting.join_folds([one.rows for one in data])
-  splitting.save_splits(path, rows, data[0].examples.names)
+  stored_splits.save_splits(path, rows, data[0].examples)
 
 
 @dataclasses.dataclass(frozen=True)

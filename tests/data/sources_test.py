@@ -21,6 +21,7 @@ def _open(source, **options):
     ml_collections.ConfigDict(
       {
         "source": str(source),
+        "task": "",
         "image_size": 32,
         "max_pixels": 10**6,
         "tfds_dir": "",

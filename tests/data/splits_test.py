@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from jaxtransfer.data import sources, splits
+from jaxtransfer.data import sources, splits, stored_splits
 from jaxtransfer.errors import UsageError
 from tests.jobs import configs
 
@@ -259,12 +259,12 @@ def test_stored_folds_are_read_back_and_checked(tmp_path):
   drawn, notes = splits.divide_folds(config, given, path)
   assert "the source's own splits are not used" in notes[0]
   joined = splits.join_folds(drawn)
-  splits.save_splits(path, joined, examples.names)
+  stored_splits.save_splits(path, joined, examples)
   again, notes = splits.divide_folds(config, examples, path)
   assert not any("own splits" in note for note in notes)
   for one, other in zip(drawn, again, strict=True):
     assert all(np.array_equal(one[name], other[name]) for name in splits.SPLITS)
   joined["train1"] = np.append(joined["train1"], joined["test1"][0])
-  splits.save_splits(path, joined, examples.names)
+  stored_splits.save_splits(path, joined, examples)
   with pytest.raises(UsageError, match="train and test"):
     splits.divide_folds(config, examples, path)

@@ -935,7 +935,7 @@ class _Bench:
     frozen = {"fat": len(names)}.get(unit.method, 0)
     if unit.method == "lwft":
       frozen = names.index(network.resolve(unit.cut)) + 1
-    return trial.Trial(
+    training = trial.Trial(
       self.config,
       self.data[unit.repeat],
       network,
@@ -947,6 +947,8 @@ class _Bench:
       frozen=frozen,
       backbone=_LWFT_RATE if unit.method == "lwft" else None,
     )
+    training.failures |= _unreadable(self)
+    return training
 
   def read(self, unit: Unit, file: str) -> dict[str, Any] | None:
     """Returns one of a unit's JSON files, None where it is not there yet."""

@@ -25,6 +25,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.source = ""  # manifest.csv, a folder, tfds:<name>, synthetic:...
+  config.data.task = ""  # of a manifest with several; "" = the only one
   config.data.image_size = 224  # pixels: shorter side resized, centre cropped
   config.data.workers = 0  # decoding processes; 0 = threads of this process
   config.data.max_failures = 0.01  # unreadable share of images that stops a run

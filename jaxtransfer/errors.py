@@ -1,6 +1,13 @@
 """What a user can do something about: one line each, and no traceback."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """Returns `; did you mean X?` for the closest of `names`, or nothing."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+  return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class UsageError(ValueError):
@@ -9,6 +16,10 @@ class UsageError(ValueError):
   The message is one line that says what is wrong, where (file, key, row) and
   what to do. `main` prints it and exits with 2.
   """
+
+
+class MissingSourceError(UsageError):
+  """The images are not where `config.data.source` says."""
 
 
 class RunError(RuntimeError):

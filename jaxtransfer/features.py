@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -92,10 +92,14 @@ class Features:
     """Returns (N, C) float32 for a tap, in the order of `rows`."""
     return self._read(f"taps/{name}")
 
-  def failures(self) -> list[tuple[str, str]]:
-    """Returns (name, reason) of every image that could not be read."""
+  def failures(self, parts: Iterable[int] | None = None) -> pipeline.Failures:
+    """Returns (name, reason) of every image that could not be read.
+
+    Args:
+      parts: which, all by default.
+    """
     found = []
-    for index in range(self._parts):
+    for index in range(self._parts) if parts is None else parts:
       with h5py.File(self.part(index)) as f:
         stored = json.loads(f["failures"].asstr()[()])
         found += [tuple(pair) for pair in stored]
@@ -151,6 +155,11 @@ def extract(
   }
   missing = {label: features.missing() for label, features in found.items()}
   wanted = sorted(set().union(*missing.values()))
+  # What earlier starts of the run could not read counts too.
+  kept = next(iter(found.values())).failures(
+    sorted({*range(parts)} - {*wanted})
+  )
+  pipeline.too_many(kept, count, images.max_failures)
   if not wanted:
     return found
   chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in wanted]
@@ -176,7 +185,8 @@ def extract(
     for part, chunk, arrays in zip(
       wanted, chunks, _regroup(outputs, chunks), strict=True
     ):
-      pipeline.too_many(batches.failures, count, images.max_failures)
+      unreadable = [*kept, *batches.failures]
+      pipeline.too_many(unreadable, count, images.max_failures)
       reasons = dict(batches.failures)
       names = [images.examples.names[row] for row in chunk]
       failures = [(n, reasons[n]) for n in names if n in reasons]

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -92,6 +93,28 @@ def _write_failures(failures: Sequence[tuple[str, str]]) -> str:
   return f"; all are in {path}"
 
 
+def _not_compared(config: ml_collections.ConfigDict) -> str | None:
+  """Compares the data of a finished run with what they are now.
+
+  Returns:
+    What could not be compared, None where all could.
+
+  Raises:
+    UsageError: they have changed since.
+  """
+  # Here, so that a mistake in the command line is said at once.
+  from jaxtransfer.data import sources, stored_splits
+
+  path = pathlib.Path(_WORKDIR.value) / "splits.json"
+  if not path.exists():
+    return f"there is no {path}"
+  try:
+    examples = sources.open_source(config.data)
+  except errors.MissingSourceError as e:
+    return str(e)
+  return stored_splits.check_unchanged(path, examples)
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
@@ -113,7 +136,12 @@ def main(argv: Sequence[str]) -> int:
       shared=config.job in SHARED,
     ) as claimed:
       if claimed.finished:
+        # Of several processes the first compares for all.
+        missing = _not_compared(config) if processes.first else None
+        missing = processes.meet(missing)
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
+        if missing:
+          print(f"Its data were not compared with what they are now: {missing}")
         return claimed.report_failures()
       print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
       job = importlib.import_module(module)

@@ -240,6 +240,8 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   old, new = dict(_flat(before)), dict(_flat(config))
   if old.get("job") != new.get("job"):
     old, new = {"job": old.get("job")}, {"job": new.get("job")}
+  # An older version did not have every key; "", 0 and False are without it.
+  old = {key: value for key, value in new.items() if not value} | old
   differences = [
     f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
     for key in sorted(old.keys() | new.keys())

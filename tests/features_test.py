@@ -130,6 +130,32 @@ def test_unreadable_images_are_left_out_and_named(source, tmp_path):
     _extract(_images(source, max_failures=0.0), tmp_path / "g")
 
 
+def test_the_limit_counts_what_earlier_starts_read(
+  source, tmp_path, monkeypatch
+):
+  """Three of 19 images are one too many, in whichever start each was found:
+  stopped after the second part, the run does not go on from zero; and all
+  parts on disk are no way around it."""
+  monkeypatch.setattr(features, "PART_ROWS", 5)
+  names = _images(source).examples.names
+  for row in (1, 7, 17):
+    (source / names[row]).write_bytes(b"not an image")
+  found = _extract(_images(source), tmp_path / "f")
+  strict = _images(source, max_failures=2 / 19)
+  with pytest.raises(errors.UnreadableError, match="3 of 19") as caught:
+    _extract(strict, tmp_path / "f")
+  for features_of in found.values():
+    for part in (2, 3):
+      features_of.part(part).unlink()
+  with pytest.raises(errors.UnreadableError, match="3 of 19") as caught:
+    _extract(strict, tmp_path / "f")
+  assert [name for name, _ in caught.value.failures] == [
+    names[row] for row in (1, 7, 17)
+  ]
+  kept = _images(source, max_failures=3 / 19)
+  assert len(_extract(kept, tmp_path / "f")["random-0"].failures()) == 3
+
+
 def test_what_determines_features_names_their_directory(source, tmp_path):
   """Another normalisation or an edited image must not find the old numbers."""
   first = _extract(_images(source), tmp_path / "f")["random-0"].directory

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from jaxtransfer.data import stored_splits
+from tests.data.tiles import open_source
 from tests.jobs import configs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,6 +69,32 @@ def test_a_finished_directory_says_so_and_is_left_alone(tmp_path):
     done = _run(CONFIG, f"--workdir={tmp_path}")
     assert done.returncode == bool(failures) and "is finished" in done.stdout
     assert ("failures.csv" in done.stdout) == bool(failures)
+
+
+def test_a_finished_directory_does_not_hide_data_that_have_changed(tmp_path):
+  """The labels of its splits.json are compared with the manifest's, without
+  JAX; where the data are gone, the results are still told."""
+  manifest = configs.write_tiles(tmp_path, images=8)
+  examples = open_source(manifest)
+  run = tmp_path / "run"
+  run.mkdir()
+  (run / "results.json").write_text('{"summary": {}}')
+  rows = {"train": np.arange(8)}
+  stored_splits.save_splits(run / "splits.json", rows, examples)
+  arguments = (CONFIG, f"--workdir={run}", f"--config.data={manifest}")
+  done = _run(*arguments)
+  assert done.returncode == 0 and "not compared" not in done.stdout
+  text = manifest.read_text()
+  manifest.write_text(text.replace("3.png,class 1", "3.png,class 0"))
+  done = _run(*arguments)
+  assert done.returncode == 2 and "is finished" not in done.stdout
+  assert "row 4, 3.png: label 'class 1' there, 'class 0' now" in done.stderr
+  manifest.unlink()
+  done = _run(*arguments)
+  assert done.returncode == 0 and "is finished" in done.stdout
+  assert f"not compared with what they are now: {manifest}" in (
+    done.stdout.replace("config.data.source: ", "")
+  )
 
 
 def test_a_workdir_that_cannot_be_made_is_a_mistake_in_the_flag(tmp_path):

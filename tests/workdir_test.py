@@ -1,5 +1,6 @@
 """One directory, one run of one config."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,6 +25,22 @@ def test_the_same_config_goes_on_and_another_is_refused(tmp_path):
     workdir.claim(tmp_path / "run", other, "command"),
   ):
     pass
+
+
+def test_a_key_that_an_older_version_did_not_have_is_no_difference(tmp_path):
+  """Where it is left at "", 0 or False, which are without what it does."""
+  with workdir.claim(tmp_path, CONFIG, "command") as run:
+    run.begin("1 x cpu")
+  for task, same in (("", True), ("grade", False)):
+    newer = {"job": "layers", "data": {**CONFIG["data"], "task": task}}
+    with contextlib.ExitStack() as stack:
+      if not same:
+        stack.enter_context(
+          pytest.raises(
+            errors.UsageError, match="data.task: None there, 'grade'"
+          )
+        )
+      stack.enter_context(workdir.claim(tmp_path, newer, "command"))
 
 
 def test_of_two_configs_begun_at_once_one_is_refused(tmp_path):

@@ -4,14 +4,15 @@ All become the same thing, `Examples`: names, labels, groups and a `read(row)`.
 Opening one touches no image; a missing or broken one shows when it is read.
 """
 
-import csv
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -19,13 +20,11 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from jaxtransfer.data import images, tissue
-from jaxtransfer.errors import UsageError
+from jaxtransfer.data import images, manifests, tissue
+from jaxtransfer.data import names as naming
+from jaxtransfer.errors import MissingSourceError, UsageError
 
-COLUMNS = ("path", "label", "group", "split", "slide", "task")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
-# Paths that start elsewhere are seen in a few images as well as in all.
-_LOOKED_AT = 100
 # How folders and TFDS name the three splits; a manifest says train, val, test.
 _SPLIT_NAMES = {
   "train": "train",
@@ -44,8 +43,9 @@ class Examples:
     classes: names of the classes, sorted.
     labels: (N,) int32, index into `classes`.
     names: path (relative to the source) or id of every row.
-    groups: patient of every row, or None where no row names one. A row that
-      names none among rows that do is a group of its own.
+    groups: patient of every row, or its slide where the source names no
+      patients, or None where it names neither. A row that names neither among
+      rows that do is a group of its own.
     slides: slide of every row ("" = unknown), or None.
     splits: "train", "val" or "test" of every row, or None: to be drawn.
     tasks: task of every row, or None.
@@ -89,14 +89,15 @@ def open_source(config: ml_collections.ConfigDict) -> Examples:
     `image_size` unless given.
 
   Args:
-    config: `config.data`: source, image_size, max_pixels, tfds_dir.
+    config: `config.data`: source, task, image_size, max_pixels, tfds_dir.
 
   Returns:
     The examples, in the order of the source.
 
   Raises:
-    UsageError: the source is not there or cannot mean what it says; the line
-      names the file and the row.
+    UsageError: the source cannot mean what it says; the line names the file
+      and the row.
+    MissingSourceError: the source is not there.
   """
   source = config.source
   if not source:
@@ -105,19 +106,24 @@ def open_source(config: ml_collections.ConfigDict) -> Examples:
       " tfds:<name> or synthetic:tissue"
     )
   scheme, _, rest = source.partition(":")
+  path = pathlib.Path(source).expanduser()
+  if config.task and (scheme in ("synthetic", "tfds") or path.is_dir()):
+    raise UsageError(
+      f"config.data.task is {config.task!r}, but {source} is no manifest with a"
+      " column 'task'; leave the key out"
+    )
   if scheme == "synthetic":
     return _open_synthetic(rest, config.image_size)
   if scheme == "tfds":
     return _open_tfds(rest, config.tfds_dir or None, config.max_pixels)
-  path = pathlib.Path(source).expanduser()
   if path.is_dir():
     return _open_folder(path, config.max_pixels)
   if not path.exists():
-    raise UsageError(
+    raise MissingSourceError(
       f"config.data.source: {source} does not exist; give a manifest.csv, a"
       " folder, tfds:<name> or synthetic:tissue"
     )
-  return _open_manifest(path, config.max_pixels)
+  return _open_manifest(path, config.task, config.max_pixels)
 
 
 class _Files(Examples):
@@ -129,9 +135,14 @@ class _Files(Examples):
     self._max_pixels = max_pixels
 
   def read(self, row: int) -> np.ndarray:
-    return images.decode(
-      os.path.join(self._root, self.names[row]), max_pixels=self._max_pixels
-    )
+    name = self.names[row]
+    path = os.path.join(self._root, name)
+    if not os.path.exists(path):
+      path = manifests.respelled(self._root, name) or path
+      why = manifests.why_missing(name)
+      if why and not os.path.exists(path):
+        raise images.ImageError(f"no such file; {why}")
+    return images.decode(path, max_pixels=self._max_pixels)
 
   def fingerprint(self) -> str:
     # A stat is a round trip on a network file system, and 300,000 in a row
@@ -143,12 +154,18 @@ class _Files(Examples):
   def _stats(self, names: list[str]) -> list[tuple[str, int, int]]:
     found = []
     for name in names:
-      try:
-        stat = os.stat(os.path.join(self._root, name))
-        found.append((name, stat.st_size, stat.st_mtime_ns))
-      except OSError:
-        found.append((name, -1, -1))
+      path = os.path.join(self._root, name)
+      stat = _stat(path) or _stat(manifests.respelled(self._root, name))
+      size_and_time = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
+      found.append((name, *size_and_time))
     return found
+
+
+def _stat(path: str | None) -> os.stat_result | None:
+  try:
+    return path and os.stat(path)
+  except OSError:
+    return None
 
 
 def _hash(max_pixels: int, items: Iterable[Any]) -> str:
@@ -158,134 +175,44 @@ def _hash(max_pixels: int, items: Iterable[Any]) -> str:
   return digest.hexdigest()
 
 
-def _index(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
-  classes = sorted(set(labels))
+def _index(
+  labels: Sequence[str],
+) -> tuple[list[str], np.ndarray, list[str]]:
+  """Returns the classes, (N,) int32 index into them, and notes."""
+  counts = collections.Counter(labels)
+  classes = sorted(counts)
   number = {name: i for i, name in enumerate(classes)}
-  return classes, np.array([number[label] for label in labels], np.int32)
+  # With config.many_labels a label is a list.
+  words = collections.Counter()
+  for label, count in counts.items():
+    several = label.split(";") if ";" in label else []
+    parts = [part.strip().removeprefix("?").strip() for part in several]
+    words.update({word: count for word in parts or [label]})
+  return (
+    classes,
+    np.array([number[label] for label in labels], np.int32),
+    naming.alike("labels", words),
+  )
 
 
 # --- manifests ---------------------------------------------------------------
 
 
-def _open_manifest(path: pathlib.Path, max_pixels: int) -> Examples:
-  columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
-  lines: list[int] = []
-  notes = []
-  rows = _csv_rows(path)
-  _, header = next(rows, (0, []))
-  header = [name.strip().lower() for name in header]
-  for name in ("path", "label"):
-    if name not in header:
-      raise UsageError(
-        f"{path}: no column {name!r}; a manifest is comma-separated and its"
-        f" first line names the columns, here {', '.join(header) or 'none'}"
-      )
-  for name in COLUMNS:
-    if header.count(name) > 1:
-      raise UsageError(f"{path}: the column {name!r} is there twice")
-  unused = [name for name in header if name not in COLUMNS]
-  if unused:
-    notes.append(f"{path}: columns not used: {', '.join(unused)}")
-  positions = [(name, header.index(name)) for name in COLUMNS if name in header]
-  for line, row in rows:
-    if len(row) != len(header):
-      raise UsageError(
-        f"{path}, line {line}: {len(row)} cells, the header has {len(header)}"
-        " (a comma in a path must be quoted)"
-      )
-    lines.append(line)
-    for name, position in positions:
-      columns[name].append(row[position].strip())
-  if not lines:
-    raise UsageError(f"{path}: no rows")
-  for name in ("path", "label"):
-    for line, value in zip(lines, columns[name], strict=True):
-      if not value:
-        raise UsageError(f"{path}, line {line}: empty {name}")
-  # An unused optional column reads the same as none.
-  optional = {
-    name: values if any(values) else None
-    for name, values in columns.items()
-    if name not in ("path", "label")
-  }
-  _check_splits(path, lines, optional["split"])
-  names = columns["path"]
-  _check_duplicates(path, lines, names, optional["task"])
-  groups = optional["group"]
-  if groups is not None and not all(groups):
-    notes.append(
-      f"{path}: {groups.count('')} of {len(groups)} rows name no group; each"
-      " is taken as a group of its own"
-    )
-    groups = [
-      group or f"ungrouped:{name}"
-      for group, name in zip(groups, names, strict=True)
-    ]
-  some = names[:_LOOKED_AT]
-  if not any((path.parent / name).exists() for name in some):
-    raise UsageError(
-      f"{path}: none of the first {len(some)} images is there; paths start in"
-      f" the manifest's folder: {path.parent / some[0]}"
-    )
-  classes, labels = _index(columns["label"])
+def _open_manifest(path: pathlib.Path, task: str, max_pixels: int) -> Examples:
+  manifest = manifests.read(path, task)
+  classes, labels, notes = _index(manifest.labels)
   return _Files(
     path.parent,
     max_pixels,
     classes=classes,
     labels=labels,
-    names=names,
-    groups=groups,
-    slides=optional["slide"],
-    splits=optional["split"],
-    tasks=optional["task"],
-    notes=notes,
+    names=manifest.names,
+    groups=manifest.groups,
+    slides=manifest.slides,
+    splits=manifest.splits,
+    tasks=manifest.tasks,
+    notes=[*manifest.notes, *(f"{path}: {note}" for note in notes)],
   )
-
-
-def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-  """Yields (line, cells) of every line that is not blank."""
-  try:
-    # utf-8-sig: spreadsheets put a byte-order mark before the first column.
-    with open(path, newline="", encoding="utf-8-sig") as f:
-      reader = csv.reader(f, strict=True)
-      for row in reader:
-        if any(cell.strip() for cell in row):
-          yield reader.line_num, row
-  except UnicodeDecodeError as e:
-    raise UsageError(f"{path}: not UTF-8 text ({e}); save it as UTF-8") from e
-  except csv.Error as e:
-    raise UsageError(f"{path}, line {reader.line_num}: {e}") from e
-  except OSError as e:
-    raise UsageError(f"{path}: {e.strerror}") from e
-
-
-def _check_splits(
-  path: pathlib.Path, lines: list[int], splits: list[str] | None
-) -> None:
-  for line, split in zip(lines, splits or [], strict=False):
-    if split not in ("train", "val", "test"):
-      raise UsageError(
-        f"{path}, line {line}: split is {split!r}; it must be train, val or"
-        " test, in every row or in none"
-      )
-
-
-def _check_duplicates(
-  path: pathlib.Path,
-  lines: list[int],
-  names: list[str],
-  tasks: list[str] | None,
-) -> None:
-  """One image may serve several tasks, but only once each."""
-  seen: dict[tuple[str, str], int] = {}
-  for row, name in enumerate(names):
-    key = (os.path.normpath(name), tasks[row] if tasks else "")
-    first = seen.setdefault(key, lines[row])
-    if first != lines[row]:
-      raise UsageError(
-        f"{path}, line {lines[row]}: {name} is also in line {first};"
-        " remove one of them"
-      )
 
 
 # --- folders -----------------------------------------------------------------
@@ -298,37 +225,45 @@ def _open_folder(root: pathlib.Path, max_pixels: int) -> Examples:
       f"{root}: read as a folder; its manifest.csv (groups, splits) is not"
       " used, name it as config.data.source to use it"
     )
-  top = _folders(root)
+  top, *_ = _listing(root)
   by_split = bool(top) and all(name in _SPLIT_NAMES for name in top)
-  names, labels, splits, ignored = [], [], [], 0
-  for prefix in [f"{name}/" for name in top] if by_split else [""]:
-    for label in _folders(root / prefix):
-      with os.scandir(root / prefix / label) as entries:
-        found = sorted(
-          entry.name for entry in entries if not entry.name.startswith(".")
-        )
-      kept = [
-        n for n in found if pathlib.PurePath(n).suffix.lower() in SUFFIXES
-      ]
-      if not kept and _folders(root / prefix / label):
+  prefixes = [f"{name}/" for name in top] if by_split else [""]
+  names, labels, splits = [], [], []
+  ignored, beside = collections.Counter(), collections.Counter()
+  empty: dict[str, str] = {}  # folder -> what is in it
+  for prefix in dict.fromkeys(["", *prefixes]):
+    folders, *files = _listing(root / prefix)
+    beside += _kinds(*files)
+    for label in folders if prefix in prefixes else ():
+      inside, found, others = _listing(root / prefix / label)
+      if inside and not found:
         raise UsageError(
           f"{root / prefix / label}: folders where images should be; the"
           " layout is <class>/<image> or <split>/<class>/<image>; for any"
           " other write a manifest.csv"
         )
-      ignored += len(found) - len(kept)
-      names.extend(f"{prefix}{label}/{n}" for n in kept)
-      labels.extend([label] * len(kept))
+      kinds = _kinds(others, folders=inside)
+      if found:
+        ignored += kinds
+      else:
+        empty[prefix + label] = _said(kinds) or "empty"
+      names.extend(f"{prefix}{label}/{n}" for n in found)
+      labels.extend([label] * len(found))
       if by_split:
-        splits.extend([_SPLIT_NAMES[prefix[:-1]]] * len(kept))
+        splits.extend([_SPLIT_NAMES[prefix[:-1]]] * len(found))
+  left_out = _left_out(set(labels), empty, beside, ignored)
   if not names:
     raise UsageError(
       f"{root}: no images; the layout is <class>/<image> or"
       f" <split>/<class>/<image>, with {', '.join(sorted(SUFFIXES))}"
+      + "".join(f"; {line}" for line in left_out)
     )
-  if ignored:
-    notes.append(f"{root}: {ignored} entries that are not images were ignored")
-  classes, numbers = _index(labels)
+  if (empty or beside) and len(set(labels)) < 2:
+    raise UsageError(
+      f"{root}: only the class {labels[0]} has images; {'; '.join(left_out)};"
+      f" images are {', '.join(sorted(SUFFIXES))}"
+    )
+  classes, numbers, alike = _index(labels)
   return _Files(
     root,
     max_pixels,
@@ -336,17 +271,71 @@ def _open_folder(root: pathlib.Path, max_pixels: int) -> Examples:
     labels=numbers,
     names=names,
     splits=splits or None,
-    notes=notes,
+    notes=[*notes, *(f"{root}: {line}" for line in [*left_out, *alike])],
   )
 
 
-def _folders(path: pathlib.Path) -> list[str]:
-  with os.scandir(path) as entries:
-    return sorted(
-      entry.name
-      for entry in entries
-      if entry.is_dir() and not entry.name.startswith(".")
+def _left_out(
+  labels: set[str],
+  empty: Mapping[str, str],
+  beside: collections.Counter[str],
+  ignored: collections.Counter[str],
+) -> list[str]:
+  """Says what of a folder is no image of a class.
+
+  Args:
+    labels: the classes that have images.
+    empty: folders of classes without any, and what is in them.
+    beside: files beside the folders of classes, by kind.
+    ignored: what lies among the images, by kind.
+  """
+  lines = []
+  if empty:
+    told = [f"{name} ({what})" for name, what in empty.items()]
+    gone = sorted({pathlib.PurePath(name).name for name in empty} - labels)
+    lines.append(
+      f"no image in {naming.shown(told, 5)}"
+      + (f", so no class {naming.shown(gone, 5)}" if gone else "")
     )
+  if beside:
+    lines.append(
+      f"{beside.total():,} files beside the class folders are not used"
+      f" ({_said(beside)})"
+    )
+  if ignored:
+    lines.append(
+      f"{ignored.total():,} entries that are not images were ignored"
+      f" ({_said(ignored)})"
+    )
+  return lines
+
+
+def _listing(path: pathlib.Path) -> tuple[list[str], list[str], list[str]]:
+  """Returns folders, images and other files of a folder, none hidden."""
+  folders, found, others = [], [], []
+  with os.scandir(path) as entries:
+    for entry in entries:
+      if entry.name.startswith(".") or entry.name == "manifest.csv":
+        continue
+      is_image = pathlib.PurePath(entry.name).suffix.lower() in SUFFIXES
+      kind = folders if entry.is_dir() else found if is_image else others
+      kind.append(entry.name)
+  return sorted(folders), sorted(found), sorted(others)
+
+
+def _kinds(
+  *files: Sequence[str], folders: Sequence[str] = ()
+) -> collections.Counter[str]:
+  """Counts files by suffix, and folders."""
+  counts = collections.Counter(
+    pathlib.PurePath(name).suffix.lower() or "without suffix"
+    for name in itertools.chain(*files)
+  )
+  return counts + collections.Counter({"folders": len(folders)})
+
+
+def _said(kinds: collections.Counter[str]) -> str:
+  return naming.shown([f"{n:,} {kind}" for kind, n in kinds.most_common()], 5)
 
 
 # --- TFDS --------------------------------------------------------------------
@@ -432,7 +421,11 @@ def _open_tfds(name: str, data_dir: str | None, max_pixels: int) -> Examples:
   if min(labels, default=0) < 0:
     raise UsageError(f"tfds:{name}: {names[labels.index(-1)]} has no label")
   label_names = features[label_key].names
-  classes, numbers = _index([label_names[label] for label in labels])
+  classes, numbers, notes = _index([label_names[label] for label in labels])
+  if gone := sorted(set(label_names) - set(classes)):
+    notes.append(f"no image of the classes {naming.shown(gone, 5)}")
+  if ignored:
+    notes.append(f"splits not used: {', '.join(ignored)}")
   return _Tfds(
     name,
     data_dir,
@@ -444,9 +437,7 @@ def _open_tfds(name: str, data_dir: str | None, max_pixels: int) -> Examples:
     labels=numbers,
     names=names,
     splits=splits if len(set(splits)) > 1 else None,
-    notes=[f"tfds:{name}: splits not used: {', '.join(ignored)}"]
-    if ignored
-    else [],
+    notes=[f"tfds:{name}: {note}" for note in notes],
   )
 
 
@@ -464,7 +455,7 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
     builder = tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
     prepared = builder.is_prepared()
   except tfds.core.DatasetNotFoundError:
-    raise UsageError(
+    raise MissingSourceError(
       f"tfds:{name}: TFDS knows no such data set and none is prepared in"
       f" {data_dir or '~/tensorflow_datasets'}"
     ) from None
@@ -473,7 +464,7 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
   finally:
     logging.set_verbosity(verbosity)
   if not prepared:
-    raise UsageError(
+    raise MissingSourceError(
       f"tfds:{name} is not prepared in {builder.data_dir}; prepare it once:"
       f" {prepare}"
     )

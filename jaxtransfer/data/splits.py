@@ -1,14 +1,14 @@
 """Which rows train, choose and test: by group, balanced by label, seeded."""
 
 import collections
-import json
 import os
 from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
 
-from jaxtransfer import files
+from jaxtransfer.data import names as naming
+from jaxtransfer.data import stored_splits
 from jaxtransfer.data.sources import Examples
 from jaxtransfer.errors import UsageError
 
@@ -250,6 +250,7 @@ def check_splits(
   groups: Sequence[str] | None,
   names: Sequence[str],
   classes: Sequence[str],
+  slides: Sequence[str] | None = None,
 ) -> list[str]:
   """Checks that splits can be used; run it at every start, given or drawn.
 
@@ -259,23 +260,41 @@ def check_splits(
     groups: N names, or None.
     names: N names of the rows.
     classes: names of the classes.
+    slides: N names, "" where unknown, if no slide may be in two splits; None
+      where groups alone decide.
 
   Returns:
     Warnings, a line each: classes that val or test lack.
 
   Raises:
-    UsageError: a row or a group in two splits, or a class that train lacks.
+    UsageError: a row, a group or a slide in two splits, or a class that train
+      lacks.
   """
-  _check_disjoint(splits, names, "the image")
+  _check_disjoint(splits, names, names, "image")
   if groups is not None:
-    _check_disjoint(splits, groups, "the group")
+    of_slides = slides is not None and all(
+      group == slide
+      for group, slide in zip(groups, slides, strict=True)
+      if slide
+    )
+    _check_disjoint(splits, groups, names, "slide" if of_slides else "group")
+  if slides is not None:
+    _check_disjoint(
+      splits,
+      slides,
+      names,
+      "slide",
+      "; each of these slides is of several groups: where slides are numbered"
+      " anew in each group, or hold several patients, leave the column 'slide'"
+      " out",
+    )
   warnings = []
   for split, rows in splits.items():
     counts = np.bincount(np.asarray(labels)[rows], minlength=len(classes))
     absent = [classes[c] for c in np.flatnonzero(counts == 0)]
     if not absent:
       continue
-    shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+    shown = naming.shown(absent, 5)
     if split == "train":
       raise UsageError(
         f"the train split has no image of {len(absent)} of {len(classes)}"
@@ -317,7 +336,7 @@ def divide(
     UsageError: the splits cannot be used, or the source has changed since.
   """
   if os.path.exists(path):
-    divided = load_splits(path, examples.names)
+    divided = stored_splits.load_splits(path, examples)
   else:
     divided = make_splits(
       examples.labels,
@@ -327,7 +346,9 @@ def divide(
       config.seed,
     )
     _keep_few(config, examples, divided)
-  return divided, _check_usable(config, examples, divided, every_class)
+  return divided, _check_usable(
+    config, examples, divided, every_class, examples.splits
+  )
 
 
 def divide_folds(
@@ -357,7 +378,7 @@ def divide_folds(
       has changed since.
   """
   if os.path.exists(path):
-    stored = load_splits(path, examples.names)
+    stored = stored_splits.load_splits(path, examples)
     divisions = [
       {split: stored[f"{split}{i}"] for split in SPLITS}
       for i in range(config.folds)
@@ -422,8 +443,13 @@ def _check_usable(
   examples: Examples,
   divided: Mapping[str, np.ndarray],
   every_class: bool,
+  given: Sequence[str] | None = None,
 ) -> list[str]:
-  """Checks one division and returns what the user should know."""
+  """Checks one division and returns what the user should know.
+
+  Groups alone decide unless the source gives splits: then they can have been
+  made without regard to slides.
+  """
   for name, rows in divided.items():
     present = {examples.classes[c] for c in examples.labels[rows]}
     if len(present) < 1 + every_class:
@@ -438,8 +464,15 @@ def _check_usable(
   if not every_class:
     labels, classes = np.zeros_like(labels), ["any"]
   notes = check_splits(
-    divided, labels, examples.groups, examples.names, classes
+    divided,
+    labels,
+    examples.groups,
+    examples.names,
+    classes,
+    None if given is None else examples.slides,
   )
+  if given is not None:
+    notes += _taken_from_train(given, divided)
   if examples.groups is None:
     notes.append(
       "The source names no groups (patients): images were divided and"
@@ -462,17 +495,44 @@ def _check_usable(
 
 
 def _check_disjoint(
-  splits: Mapping[str, np.ndarray], names: Sequence[str], what: str
+  splits: Mapping[str, np.ndarray],
+  values: Sequence[str],
+  names: Sequence[str],
+  what: str,
+  hint: str = "",
 ) -> None:
-  owner: dict[str, str] = {}
+  """Refuses splits that share a value, "" excepted, with a row of each."""
+  owner: dict[str, tuple[str, int]] = {"": ("", 0)}
+  shared: dict[str, str] = {}
   for split, rows in splits.items():
     for row in rows.tolist():
-      other = owner.setdefault(names[row], split)
-      if other != split:
-        raise UsageError(
-          f"{what} {names[row]} is in both {other} and {split}: the scores"
-          " would be those of images already seen; put it in one"
+      value = values[row]
+      other, first = owner.setdefault(value, (split, row))
+      if other != split and value and value not in shared:
+        shared[value] = f"{other} and {split}" + (
+          f" (row {first + 1}, {names[first]}; row {row + 1}, {names[row]})"
         )
+  if shared:
+    told = [
+      f"the {what} {value} is in both {of}" for value, of in shared.items()
+    ]
+    raise UsageError(
+      f"{naming.shown(told, between='; ')}: the scores would be those of images"
+      f" already seen; put each in one{hint}"
+    )
+
+
+def _taken_from_train(
+  given: Sequence[str], divided: Mapping[str, np.ndarray]
+) -> list[str]:
+  """Says which splits the source does not give."""
+  count = collections.Counter(given)
+  return [
+    f"The source gives no {split} split: {len(divided[split]):,} of its"
+    f" {count['train']:,} train images were taken for it."
+    for split in SPLITS
+    if not count[split]
+  ]
 
 
 def counted(rows: Mapping[str, np.ndarray], classes: Sequence[str]) -> str:
@@ -487,52 +547,3 @@ def counted(rows: Mapping[str, np.ndarray], classes: Sequence[str]) -> str:
     f"{sum(counts.values()):,} images of {len(classes):,} classes"
     f" ({', '.join(f'{n:,} {split}' for split, n in counts.items())})"
   )
-
-
-def save_splits(
-  path: str | os.PathLike[str],
-  splits: Mapping[str, np.ndarray],
-  names: Sequence[str],
-) -> None:
-  """Writes splits.json: the names of all rows and the rows of every split.
-
-  Args:
-    path: the file, written atomically.
-    splits: row indices of every split.
-    names: N names of the rows, by which a changed source is known again.
-  """
-  value = {split: rows.tolist() for split, rows in splits.items()}
-  files.write_json(path, {**value, "names": list(names)})
-
-
-def load_splits(
-  path: str | os.PathLike[str], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-  """Reads splits.json back, for the same rows in the same order.
-
-  Args:
-    path: the file.
-    names: N names of the rows of the source as it is now.
-
-  Returns:
-    Row indices of every split.
-
-  Raises:
-    UsageError: the file is damaged, or the source has changed since.
-  """
-  try:
-    with open(path, encoding="utf-8") as f:
-      value = dict(json.load(f))
-    saved = value.pop("names")
-    splits = {k: np.array(rows, np.int64) for k, rows in value.items()}
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UsageError(f"{path}: not a splits.json ({e}); remove it") from e
-  names = list(names)
-  if saved != names:
-    old, new = set(saved), set(names)
-    example = next(iter(sorted(old ^ new)), "the order of rows")
-    raise UsageError(
-      f"{path}: the source has changed since: {len(new - old)} images are"
-      f" new, {len(old - new)} gone ({example}); use another workdir"
-    )
-  return splits

@@ -16,7 +16,7 @@ import ml_collections
 
 from jaxtransfer import configuration, files, parallel
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline
+from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
@@ -88,8 +88,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   begun = workdir.begin(str(devices))
   if workdir.writes:
-    splitting.save_splits(
-      workdir.path / "splits.json", data.rows, data.examples.names
+    stored_splits.save_splits(
+      workdir.path / "splits.json", data.rows, data.examples
     )
   print(
     f"{splitting.counted(data.rows, data.names)};"

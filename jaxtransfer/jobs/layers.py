@@ -32,7 +32,7 @@ from jaxtransfer import (
   parallel,
 )
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, sources
+from jaxtransfer.data import pipeline, sources, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, classification, gain, probes
 from jaxtransfer.networks import zoo
@@ -133,7 +133,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   networks[label].check_size(config.data.image_size)
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))
-  splitting.save_splits(workdir.path / "splits.json", divided, examples.names)
+  stored_splits.save_splits(workdir.path / "splits.json", divided, examples)
   print(
     f"{splitting.counted(divided, examples.classes)};"
     f" {plan.network} with {label} and {plan.seeds} random initialisations;"
@@ -271,6 +271,7 @@ def _measure(
   determines = [
     [str(f.directory.name) for f in extracted.values()],
     [hashlib.sha256(m.tobytes()).hexdigest() for m in where.values()],
+    stored_splits.digest(examples),
     [plan.probes, plan.metrics, config.strengths, config.resamples],
     config.seed,
   ]

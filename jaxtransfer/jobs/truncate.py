@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxtransfer import configuration, errors, files, hosts, parallel
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline
+from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, classification, cost
 from jaxtransfer.networks import tensors, zoo
@@ -276,7 +276,7 @@ def _save_splits(path: pathlib.Path, data: Sequence[trial.Data]) -> None:
   rows = data[0].rows
   if data[0] is not data[-1]:
     rows = splitting.join_folds([one.rows for one in data])
-  splitting.save_splits(path, rows, data[0].examples.names)
+  stored_splits.save_splits(path, rows, data[0].examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -935,7 +935,7 @@ class _Bench:
     frozen = {"fat": len(names)}.get(unit.method, 0)
     if unit.method == "lwft":
       frozen = names.index(network.resolve(unit.cut)) + 1
-    return trial.Trial(
+    training = trial.Trial(
       self.config,
       self.data[unit.repeat],
       network,
@@ -947,6 +947,8 @@ class _Bench:
       frozen=frozen,
       backbone=_LWFT_RATE if unit.method == "lwft" else None,
     )
+    training.failures |= _unreadable(self)
+    return training
 
   def read(self, unit: Unit, file: str) -> dict[str, Any] | None:
     """Returns one of a unit's JSON files, None where it is not there yet."""

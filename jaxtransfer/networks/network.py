@@ -1,7 +1,6 @@
 """A network as a chain of named layers, cut where asked."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,6 @@ from flax import nnx
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
 from jaxtransfer.networks.layers import bare, widened
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-  """Returns `; did you mean X?` for the closest of `names`, or nothing."""
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-  return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Network(nnx.Module):
@@ -170,7 +163,7 @@ def unknown_layer(
 ) -> errors.UsageError:
   """Returns the error for a layer name that a network does not have."""
   return errors.UsageError(
-    f"{network} has no layer {tap!r}{nearest(tap, known)}"
+    f"{network} has no layer {tap!r}{errors.nearest(tap, known)}"
     f" (layers: {known[0]} ... {known[-1]})"
   )
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import cbr, densenet, resnet
-from jaxtransfer.networks.network import Network, nearest, unknown_layer
+from jaxtransfer.networks.network import Network, unknown_layer
 
 _FAMILIES = {"resnet": resnet, "densenet": densenet, "cbr": cbr}
 
@@ -50,7 +50,7 @@ def family(name: str) -> str:
     if name in module.NETWORKS:
       return known
   raise errors.UsageError(
-    f"no network {name!r}{nearest(name, list_models())}"
+    f"no network {name!r}{errors.nearest(name, list_models())}"
     f" (known: {', '.join(list_models())})"
   )
 

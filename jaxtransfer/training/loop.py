@@ -84,7 +84,8 @@ class Fitted:
     epoch: which it was, from 1.
     records: the lines of metrics.jsonl.
     notes: what the user should know, a line each.
-    failures: (name, reason) of training images that could not be read.
+    failures: (name, reason) of images of training and validation that could
+      not be read, in this start of the run or one before.
     ended: whether training is over; False where `stop_after` paused it.
   """
 
@@ -162,10 +163,12 @@ def fit(
     # Of the epoch in hand, but for the first step of a process, which
     # compiles: before the last pause of the clock, and when it went on.
     spent, began = 0.0, None
+    unreadable: list[list[Any]] = []  # (row, reason), of validation
     if found is not None:
       (state, best), records = found.tree, found.records
       spent = found.seconds
       batches.set_state(found.place)
+      unreadable = found.place["unreadable"]
       if found.devices != str(devices):
         notes.append(
           f"resumed on {devices} after {found.devices}: the numbers are those"
@@ -190,6 +193,7 @@ def fit(
       if number != kept.newest:
         place = dict(batches.get_state())
         place["failures"] = _of_everyone(place["failures"])
+        place["unreadable"] = unreadable
         kept.save(
           number,
           (state, best),
@@ -217,7 +221,9 @@ def fit(
           started = time.monotonic()
           numbers = steps.trained_numbers(state)
           with validate() as val:
+            val.add_failures(unreadable)
             rows, logits = predict(forward, numbers, val, devices, preempted)
+            unreadable = val.get_state()["failures"]
           scores = score(rows, logits)
           is_best = _is_best(records, scores, settings.metric)
           if is_best:
@@ -290,6 +296,7 @@ def fit(
     finally:
       bar.close()
     _share_failures(train)
+    train.add_failures(unreadable)
     return Fitted(
       best,
       best_epoch(records, settings.metric),

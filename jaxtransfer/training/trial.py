@@ -377,6 +377,10 @@ class _Reported(pipeline.Batches):
     )
     self._unreadable_of_run = unreadable
     self._limit = len(data.rows[split]), config.data.max_failures
+    # What the run has found so far counts, in whichever pass it was.
+    for row in data.rows[split].tolist() if unreadable else ():
+      if reason := unreadable.get(data.examples.names[row]):
+        self.add_failures([(row, reason)])
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     self.close()

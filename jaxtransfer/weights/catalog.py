@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxtransfer import errors, files
-from jaxtransfer.networks import network as networks
 from jaxtransfer.weights import download
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -273,7 +272,7 @@ def find(name: str, network: str | None = None) -> Row:
         " or None for random ones"
       )
     raise errors.UsageError(
-      f"no weights {full!r}{networks.nearest(full, names())}"
+      f"no weights {full!r}{errors.nearest(full, names())}"
       f" (a path, or one of: {', '.join(sorted(fitting))})"
     )
   row = rows[full]

@@ -419,7 +419,7 @@ def test_every_kind_of_broken_file_is_counted_and_none_is_fatal(tmp_path):
   manifest = tmp_path / "manifest.csv"
   manifest.write_text("path,label\n" + "".join(f"{f},x\n" for f in files))
   config = {"source": str(manifest), "image_size": 8, "max_pixels": 10**8}
-  examples = sources.open_source(_Config(**config, tfds_dir=""))
+  examples = sources.open_source(_Config(**config, task="", tfds_dir=""))
   made, failures = _all(examples)
   mask = np.concatenate([batch["mask"] for batch in made])
   np.testing.assert_array_equal(mask, [True] * 3 + [False] * 5)

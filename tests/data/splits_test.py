@@ -2,14 +2,14 @@
 
 import collections
 import copy
-import json
 
 import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from jaxtransfer.data import sources, splits
+from jaxtransfer.data import sources, splits, stored_splits
 from jaxtransfer.errors import UsageError
+from tests.data.tiles import write_image
 from tests.jobs import configs
 
 
@@ -182,6 +182,105 @@ def test_what_is_in_two_splits_is_named():
     splits.check_splits(parts, *arguments)
 
 
+def test_all_that_splits_share_is_named_with_rows():
+  """The first few with a row of each split, the others counted."""
+  parts = {
+    "train": np.arange(6),
+    "val": np.arange(6, 12),
+    "test": np.arange(12, 18),
+  }
+  names = [f"{i}.png" for i in range(18)]
+  groups = [f"p{i % 6}" for i in range(18)]
+  with pytest.raises(UsageError) as caught:
+    splits.check_splits(parts, np.zeros(18, int), groups, names, ["x"])
+  said = str(caught.value)
+  assert "p0 is in both train and val (row 1, 0.png; row 7, 6.png); the" in said
+  assert "group p2" in said and "and 3 more" in said and "p3" not in said
+
+
+def _divide(folder, lines):
+  """Writes images and a manifest of these columns, opens and divides them."""
+  header, *rows = lines
+  for row in rows:
+    write_image(folder / row.split(",")[0], 5)
+  manifest = folder / "manifest.csv"
+  manifest.write_text("\n".join(lines) + "\n")
+  config = configs.load("finetune", "resnet18")
+  config.data.source = str(manifest)
+  examples = sources.open_source(config.data)
+  divided, notes = splits.divide(config, examples, folder / "splits.json")
+  return examples, divided, [*examples.notes, *notes]
+
+
+def _given(column, of, given=("train", "val", "test")):
+  """Lines of a manifest with splits in turns, and a column that `of` gives."""
+  rows = [
+    f"{i}.png,{'xy'[i // 3 % 2]},{given[i % 3]},{of(i)}" for i in range(24)
+  ]
+  return [f"path,label,split,{column}", *rows]
+
+
+def test_given_splits_that_share_a_slide_are_refused(tmp_path):
+  """With or without groups; with both, the slide is of several groups, and
+  what to do where that is right is said."""
+  slides = _given("slide", lambda i: f"s{i // 2}")
+  with pytest.raises(
+    UsageError, match=r"the slide s0 .* \(row 1, 0.png; row 2"
+  ):
+    _divide(tmp_path, slides)
+  both = _given("slide,group", lambda i: f"s{i // 2},p{i}")
+  with pytest.raises(
+    UsageError,
+    match="the slide s0 .*and 9 more.*several groups.*column 'slide'",
+  ):
+    _divide(tmp_path, both)
+  patients = _given("slide,group", lambda i: f"s{i},p{i // 2}")
+  with pytest.raises(UsageError, match="the group p0 is in both"):
+    _divide(tmp_path, patients)
+  # One without a slide is on none, so that it shares none.
+  examples, *_ = _divide(tmp_path, _given("slide,group", lambda i: f",p{i}"))
+  assert examples.slides is None
+
+
+def test_drawn_splits_are_by_slide_where_nobody_names_a_patient(tmp_path):
+  rows = [f"{i}.png,{'xy'[i % 2]},s{i // 4}" for i in range(60)]
+  _, divided, notes = _divide(tmp_path, ["path,label,slide", *rows])
+  of_split = [{row // 4 for row in rows.tolist()} for rows in divided.values()]
+  assert sum(map(len, of_split)) == 15
+  assert not any("names no groups" in note for note in notes)
+
+
+def test_groups_divide_slides_that_hold_several_patients(tmp_path):
+  """A tissue microarray: one slide, many patients; they are what is divided,
+  and that is told."""
+  rows = [f"{i}.png,{'xy'[i % 2]},array,p{i // 2}" for i in range(60)]
+  _, divided, notes = _divide(tmp_path, ["path,label,slide,group", *rows])
+  assert all(len(rows) for rows in divided.values())
+  assert any("slides of more than one group: array (p0" in n for n in notes)
+
+
+@pytest.mark.parametrize("missing", ["val", "test"])
+def test_a_split_that_is_not_given_is_said_to_come_from_train(
+  tmp_path, missing
+):
+  """Of a manifest, and of the same images in folders."""
+  given = ["train", "train", {"val": "test", "test": "val"}[missing]]
+  lines = _given("group", lambda i: f"p{i}", given)
+  _, divided, notes = _divide(tmp_path, lines)
+  said = (
+    f"gives no {missing} split: {len(divided[missing])} of its 16 train images"
+  )
+  assert sum(said in note for note in notes) == 1, notes
+  for line in lines[1:]:
+    name, label, split, _ = line.split(",")
+    write_image(tmp_path / "folders" / split / label / name, 5)
+  config = configs.load("finetune", "resnet18")
+  config.data.source = str(tmp_path / "folders")
+  examples = sources.open_source(config.data)
+  _, notes = splits.divide(config, examples, tmp_path / "splits.json")
+  assert any(f"gives no {missing} split" in note for note in notes)
+
+
 def test_a_class_that_train_lacks_is_an_error():
   parts = {
     "train": np.array([0]),
@@ -192,33 +291,6 @@ def test_a_class_that_train_lacks_is_an_error():
     UsageError, match="train split has no image of 1 of 2.*: y"
   ):
     splits.check_splits(parts, np.array([0, 1]), None, ["a", "b"], ["x", "y"])
-
-
-def test_saved_splits_come_back_for_the_same_rows_only(tmp_path):
-  path = tmp_path / "splits.json"
-  names = [f"{i}.png" for i in range(20)]
-  made = splits.make_splits(np.arange(20) % 2, None)
-  splits.save_splits(path, made, names)
-  loaded = splits.load_splits(path, names)
-  assert list(loaded) == list(made)
-  for name in made:
-    np.testing.assert_array_equal(loaded[name], made[name])
-    assert loaded[name].dtype == np.int64
-  for changed, message in [
-    (names[:-1], "0 images are new, 1 gone .19.png"),
-    (names + ["new.png"], "1 images are new, 0 gone .new.png"),
-    (names[::-1], "the order of rows"),
-  ]:
-    with pytest.raises(UsageError, match=message):
-      splits.load_splits(path, changed)
-
-
-def test_a_damaged_splits_file_is_named(tmp_path):
-  path = tmp_path / "splits.json"
-  for text in ("", '{"train": [0]', "[]", json.dumps({"train": [0]})):
-    path.write_text(text)
-    with pytest.raises(UsageError, match="splits.json.*remove it"):
-      splits.load_splits(path, ["a"])
 
 
 def test_many_rows_and_classes_are_divided_and_checked():
@@ -259,12 +331,12 @@ def test_stored_folds_are_read_back_and_checked(tmp_path):
   drawn, notes = splits.divide_folds(config, given, path)
   assert "the source's own splits are not used" in notes[0]
   joined = splits.join_folds(drawn)
-  splits.save_splits(path, joined, examples.names)
+  stored_splits.save_splits(path, joined, examples)
   again, notes = splits.divide_folds(config, examples, path)
   assert not any("own splits" in note for note in notes)
   for one, other in zip(drawn, again, strict=True):
     assert all(np.array_equal(one[name], other[name]) for name in splits.SPLITS)
   joined["train1"] = np.append(joined["train1"], joined["test1"][0])
-  splits.save_splits(path, joined, examples.names)
+  stored_splits.save_splits(path, joined, examples)
   with pytest.raises(UsageError, match="train and test"):
     splits.divide_folds(config, examples, path)

@@ -50,6 +50,7 @@ def _fit(
   scores=None,
   patience=0,
   memory=None,
+  validation=None,
   **changes,
 ):
   data = _Drawn()
@@ -81,7 +82,7 @@ def _fit(
     optimisers.Schedule(schedule, 0.0, 0.5, 0, 0.02),
     settings,
     train=batches(32, shuffle_seed=0, epochs=epochs, drop_last=True),
-    validate=lambda: batches(8),
+    validate=validation or (lambda: batches(8)),
     score=score,
     devices=parallel.Devices(mode, jax.devices()[:count]),
     directory=path,
@@ -206,6 +207,44 @@ def test_going_on_with_other_devices_is_said(tmp_path, mode, count):
   ]
   for name, value in whole.numbers[0].items():
     np.testing.assert_allclose(resumed.numbers[0][name], value, atol=1e-4)
+
+
+def test_what_validation_could_not_read_outlives_a_stop(tmp_path):
+  """A disk that fails now and then: another image in the second start than in
+  the first. Both count in each pass of the second, and both come back."""
+  seen = []
+
+  class Failing(pipeline.Batches):
+    """Of eight images one cannot be read, in the first pass alone."""
+
+    def __init__(self, bad):
+      super().__init__(_Drawn(), np.arange(8), image_size=16, batch_size=8)
+      self._bad = bad
+
+    def __next__(self):
+      batch = super().__next__()
+      if self._bad is not None:
+        self.add_failures([(self._bad, "cut short")])
+      return batch
+
+    def __exit__(self, *about):
+      seen.append([name for name, _ in self.failures])
+      super().__exit__(*about)
+
+  class Stop(Exception):
+    pass
+
+  def interrupted():
+    yield {"loss": 1.0, "auroc": 0.5}
+    raise Stop
+
+  bad = iter([3, None, 5, None])
+  options = {"epochs": 3, "validation": lambda: Failing(next(bad))}
+  with pytest.raises(Stop):
+    _fit(tmp_path, scores=interrupted(), **options)
+  fitted = _fit(tmp_path, **options)
+  assert seen == [["3"], ["3"], ["3", "5"], ["3", "5"]]
+  assert fitted.failures == [("3", "cut short"), ("5", "cut short")]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

@@ -188,6 +188,25 @@ def test_too_many_unreadable_images_do_not_hide_why_reading_ended():
     next(batches)
 
 
+def test_the_limit_counts_what_the_run_knows():
+  """One image broken in an earlier pass and one in this are two of sixteen;
+  what another split lost is that one's."""
+  data = _data(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
+  data.rows["test"] = np.arange(4)
+  begun = _trial(data, **{"data.max_failures": 1.5 / 16})
+  begun.failures["image 9"] = "cut short"
+  with (
+    pytest.raises(errors.UnreadableError, match="2 of 16"),
+    begun._batches("val") as batches,
+  ):
+    next(batches)
+  strict = _trial(data, **{"data.max_failures": 0.25})
+  strict.failures["image 9"] = "cut short"
+  with strict._batches("test") as batches:
+    next(batches)
+  assert len(batches.failures) == 1 and len(strict.failures) == 2
+
+
 @pytest.mark.parametrize(
   "there", ["checkpoints/7", "units/ttl-a-random-0/checkpoints"]
 )

@@ -23,7 +23,7 @@ from jaxtransfer.data import images, tissue
 from jaxtransfer.errors import UsageError
 
 COLUMNS = ("path", "label", "group", "split", "slide", "task")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+SUFFIXES = frozenset(".png .jpg .jpeg .tif .tiff .bmp .webp".split())
 # Paths that start elsewhere are seen in a few images as well as in all.
 _LOOKED_AT = 100
 # How folders and TFDS name the three splits; a manifest says train, val, test.

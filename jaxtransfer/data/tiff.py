@@ -23,6 +23,8 @@ _SUB_DIRECTORIES, _EXTRA, _SAMPLE_FORMAT, _SUBSAMPLING = 330, 338, 339, 530
 _COPIED = (292, 293, 347, 512, 513, 514, 515, 519, 520, 521)
 _COPIED += (529, _SUBSAMPLING, 531, 532)
 
+# Sample formats; the rest are whole numbers from zero.
+_NOT_WHOLE = {2: "signed-integer", 3: "float", 5: "complex", 6: "complex"}
 _OLD_JPEG = 6
 _COMPRESSIONS = {
   9: "JBIG",
@@ -39,6 +41,9 @@ _COMPRESSIONS = {
 }
 _CHANNELS_FIRST = "make 8-bit RGB of the channels that matter"
 _SLIDE = "; cut it into tiles first"
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+# Codecs to which the order of bits is a matter of their own.
+_OWN_FILL_ORDER = (2, 3, 4, _OLD_JPEG, 7)
 
 
 def first_page(file: BinaryIO, max_pixels: int) -> Pixels:
@@ -59,10 +64,11 @@ def first_page(file: BinaryIO, max_pixels: int) -> Pixels:
     raise ImageError(f"damaged image: {e}") from None
   width, height = page.number(_WIDTH, 0), page.number(_HEIGHT, 0)
   what, advice = _what(file, page)
+  for number, word in _NOT_WHOLE.items():
+    if number in page.numbers(_SAMPLE_FORMAT):
+      raise ImageError(f"a {word} TIFF: {containers.RANGE_FIRST}")
   if reason := _unsupported(page):
-    first, reason = reason
-    article = "an" if f"{first}{what}".startswith("A") else "a"
-    raise ImageError(f"{article} {first}{what} {reason}{advice}")
+    raise ImageError(f"{what} {reason}{advice}")
   try:
     containers.check_size(width, height, max_pixels)
   except ImageError as e:
@@ -101,22 +107,15 @@ def _unsupported(page: Tags) -> str:
   The words follow "a TIFF"; there are none where it may be read.
   """
   samples, bits = _samples(page)
-  formats = set(page.numbers(_SAMPLE_FORMAT)) or {1}
   deepest = max(bits, default=1)
   compression = page.number(_COMPRESSION, 1)
   photometric = page.number(_PHOTOMETRIC, 0)
   ranged, chosen = containers.RANGE_FIRST, _CHANNELS_FIRST
-  if formats & {5, 6}:
-    return f"of complex numbers: {ranged}"
-  if 3 in formats:
-    return f"of {deepest}-bit floats, a float TIFF: {ranged}"
   if samples >= 5:
     return f"of {samples} channels: {chosen}"
   if compression not in TiffImagePlugin.COMPRESSION_INFO:
     name = _COMPRESSIONS.get(compression, f"unknown ({compression})")
     return f"with {name} compression: save it with another, such as LZW"
-  if 2 in formats:
-    return f"of {deepest}-bit signed integers: {ranged}"
   if deepest > 16:
     return f"of {deepest}-bit integers: {ranged}"
   if photometric == 5:
@@ -134,6 +133,8 @@ def _unsupported(page: Tags) -> str:
     return f"of {depth} colour: {ranged}"
   if photometric not in (2, 3, 6):
     return f"of unknown colours ({photometric}): {containers.RGB_FIRST}"
+  if photometric == 3 and samples == 2 and page.number(_PLANAR, 1) == 2:
+    return f"with alpha in a plane of its own: {containers.RGB_FIRST}"
   if page.number(_SUBFILE, 0) & 1 and (page.more or _SUB_DIRECTORIES in page):
     return "whose first page is the thumbnail of another: save that one alone"
   return ""
@@ -143,6 +144,8 @@ def _unsupported_grey(page: Tags, samples: int, bits: int) -> str:
   if samples == 2 and page.number(_EXTRA, 0) in (1, 2):
     if bits > 8:
       return f"of {bits}-bit grey with alpha: {containers.RANGE_FIRST}"
+    if page.number(_PLANAR, 1) == 2:
+      return f"with alpha in a plane of its own: {containers.RGB_FIRST}"
   elif samples > 1:
     return f"of {samples} grey channels: {_CHANNELS_FIRST}"
   elif bits > 8:
@@ -191,13 +194,15 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
     _BITS: bits,
     _COMPRESSION: [compression],
     _PHOTOMETRIC: [photometric],
-    _FILL_ORDER: [page.number(_FILL_ORDER, 1)],
     _SAMPLES: [samples],
     _PLANAR: [planar],
   }
-  for tag in (_PREDICTOR, _COLOURS, _EXTRA):
+  for tag in (_FILL_ORDER, _PREDICTOR, _COLOURS, _EXTRA):
     if values := page.numbers(tag):
       fields[tag] = values
+  if photometric == 2 and samples == 4:
+    # Four channels without a word about the last are usually this.
+    fields.setdefault(_EXTRA, [2])
   if compression == _OLD_JPEG:
     # Its tables lie anywhere in the file, and say where.
     file.seek(0)
@@ -205,6 +210,8 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
     counts = counts or _to_the_end(offsets, len(base))
   else:
     base, offsets, counts = _gathered(file, offsets, counts, wanted)
+    if compression not in _OWN_FILL_ORDER and fields.pop(_FILL_ORDER, ()) == (2,):
+      base = base.translate(_REVERSED)
   if tiled:
     fields |= {_TILE_WIDTH: shape[:1], _TILE_HEIGHT: shape[1:]}
     fields |= {_TILES: offsets, _TILE_SIZES: counts}

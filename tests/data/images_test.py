@@ -94,7 +94,7 @@ def test_orientation_is_applied_once(form):
 def test_what_has_no_one_meaning_in_8_bit_rgb_is_refused_by_name():
   with pytest.raises(images.ImageError, match=r"16-bit .*I;16"):
     images.decode(_saved(np.full((4, 4), 900, np.uint16), "PNG"))
-  with pytest.raises(images.ImageError, match="mode F"):
+  with pytest.raises(images.ImageError, match="a float TIFF"):
     images.decode(_saved(np.ones((4, 4), np.float32), "TIFF"))
   for mode in ("CMYK", "LAB"):
     with pytest.raises(images.ImageError, match=f"{mode} colours"):
@@ -164,7 +164,7 @@ def test_files_that_are_no_images_say_so(tmp_path):
   text.write_text("path,label\n")
   empty.write_bytes(b"")
   for path, reason in [
-    (text, "not a PNG, JPEG, TIFF or BMP image"),
+    (text, "a text file; not a PNG, JPEG, TIFF, BMP or WebP image"),
     (empty, "empty file"),
     (tmp_path / "missing.png", "no such file"),
     (tmp_path, "a folder, not a file"),
@@ -173,7 +173,7 @@ def test_files_that_are_no_images_say_so(tmp_path):
       images.decode(path)
   with pytest.raises(images.ImageError, match="empty file"):
     images.decode(b"")
-  with pytest.raises(images.ImageError, match="not a PNG"):
+  with pytest.raises(images.ImageError, match="a GIF file; not a PNG"):
     images.decode(_saved(_photo(), "GIF"))
 
 

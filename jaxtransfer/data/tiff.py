@@ -66,7 +66,10 @@ def first_page(file: BinaryIO, max_pixels: int) -> Pixels:
   what, advice = _what(file, page)
   for number, word in _NOT_WHOLE.items():
     if number in page.numbers(_SAMPLE_FORMAT):
-      raise ImageError(f"a {word} TIFF: {containers.RANGE_FIRST}")
+      bits = max(_samples(page)[1])
+      raise ImageError(
+        f"a {word} TIFF of {bits} bits: {containers.RANGE_FIRST}"
+      )
   if reason := _unsupported(page):
     raise ImageError(f"{what} {reason}{advice}")
   try:

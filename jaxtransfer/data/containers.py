@@ -34,11 +34,13 @@ class Pixels:
     form: Pillow's name of the format.
     data: the bytes of the file.
     orientation: as EXIF counts, 1 to 8; no longer in the file.
+    codec: what the decoder may have been built without.
   """
 
   form: str
   data: bytes
   orientation: int = 1
+  codec: str = ""
 
 
 def check_size(
@@ -296,9 +298,7 @@ def jpeg(file: BinaryIO, max_pixels: int) -> Pixels:
   return Pixels("JPEG", b"".join(kept), tags.orientation(exif, xmp))
 
 
-def _check_frame(
-  marker: int, body: bytes, max_pixels: int
-) -> tuple[int, int]:
+def _check_frame(marker: int, body: bytes, max_pixels: int) -> tuple[int, int]:
   bits, height, width, channels = struct.unpack(">BHHB", body[:6])
   if marker in _UNREAD_FRAMES:
     raise ImageError(f"{_UNREAD_FRAMES[marker]}; not a {READABLE}")

@@ -11,8 +11,6 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from jaxtransfer.data import containers, tiff
 from jaxtransfer.data.containers import ImageError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "RESIZE", "ImageError", "decode", "fit"]
-
 # Pillow's name -> what cuts the pixels out of such a file.
 _READERS = {
   "PNG": containers.png,
@@ -23,13 +21,6 @@ _READERS = {
 }
 FORMATS = tuple(_READERS)
 MAX_PIXELS = 100_000_000
-# What `fit` does, in the words that another program needs to do the same.
-RESIZE = {
-  "to": "shorter side",
-  "interpolation": "bilinear",
-  "antialias": True,
-  "then": "centre crop",
-}
 # A strip wider than this many squares is cropped before it is resized: its
 # short side can be one pixel, and the rest would be gigabytes thrown away.
 _MAX_SQUARES = 16
@@ -83,10 +74,13 @@ def decode(
   Image.MAX_IMAGE_PIXELS = None
   TiffImagePlugin.READ_LIBTIFF = True
   try:
-    with io.BytesIO(source) if isinstance(source, bytes) else open(
-      source, "rb"
-    ) as file:
-      return np.asarray(_to_rgb(_pixels(file, max_pixels)))
+    with (
+      io.BytesIO(source)
+      if isinstance(source, bytes)
+      else open(source, "rb") as file
+    ):
+      pixels = _pixels(file, max_pixels)
+    return np.asarray(_to_rgb(pixels))
   except (ImageError, MemoryError):
     raise
   except FileNotFoundError:
@@ -122,7 +116,15 @@ def _to_rgb(pixels: containers.Pixels) -> Image.Image:
     has_alpha = image.has_transparency_data
     if image.mode not in _TO_RGB and not has_alpha:
       raise ImageError(f"{image.mode} colours: {containers.RGB_FIRST}")
-    image.load()
+    try:
+      image.load()
+    except OSError as e:
+      if not pixels.codec:
+        raise
+      raise ImageError(
+        f"damaged image, or {pixels.codec} compression, which the Pillow"
+        f" installed here was built without: {e}"
+      ) from None
     if turn := _TURNS.get(pixels.orientation):
       image = image.transpose(turn)
     if not has_alpha:
@@ -169,3 +171,20 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
   left = round((new_width - size) / 2)
   top = round((new_height - size) / 2)
   return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def resize_card(size: int) -> dict[str, str | int | bool]:
+  """Returns what `fit` does, for whoever must do the same elsewhere.
+
+  Args:
+    size: side of the result in pixels.
+
+  Returns:
+    The words of torchvision's `Resize`, and what is kept of the result.
+  """
+  return {
+    "shorter_side": size,
+    "interpolation": "bilinear",
+    "antialias": True,
+    "crop": "centre",
+  }

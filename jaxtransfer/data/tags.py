@@ -63,9 +63,8 @@ class Tags:
     self._entries: dict[int, tuple[int, int, int]] = {}
     counted = self._at(start, 8 if big else 2)
     count = self._number("Q" if big else "H", counted)
-    at = start + len(counted)
-    size = 4 + 2 * width
-    for at in range(at, at + size * min(count, _MOST_ENTRIES), size):
+    first, size = start + len(counted), 4 + 2 * width
+    for at in range(first, first + size * min(count, _MOST_ENTRIES), size):
       entry = self._at(at, size)
       if len(entry) < size:
         break
@@ -73,12 +72,11 @@ class Tags:
       length = self._number(number, entry[4 : 4 + width])
       if tag in self._entries or kind not in _SIZES or not length:
         continue
-      inside = length * _SIZES[kind] <= width
       value = at + 4 + width
-      if not inside:
+      if length * _SIZES[kind] > width:
         value = self._number(number, entry[4 + width :])
       self._entries[tag] = kind, length, value
-    after = self._at(at + size, width)
+    after = self._at(first + size * count, width)
     self.more = len(after) == width and any(after)
 
   def _at(self, position: int, count: int) -> bytes:

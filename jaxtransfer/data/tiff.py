@@ -39,6 +39,8 @@ _COMPRESSIONS = {
   50002: "JPEG XL",
   52546: "JPEG XL",
 }
+# libtiff can be built without these; the others are always there.
+_OPTIONAL = {34925: "LZMA", 50000: "zstd", 50001: "WebP"}
 _CHANNELS_FIRST = "make 8-bit RGB of the channels that matter"
 _SLIDE = "; cut it into tiles first"
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -80,7 +82,9 @@ def first_page(file: BinaryIO, max_pixels: int) -> Pixels:
       raise ImageError(f"{what}, {e}{advice}") from None
     raise
   data = _rewritten(file, page, width, height)
-  return Pixels("TIFF", data, tags.orientation(file, page.raw(tags.XMP)))
+  turned = tags.orientation(file, page.raw(tags.XMP))
+  codec = _OPTIONAL.get(page.number(_COMPRESSION, 1), "")
+  return Pixels("TIFF", data, turned, codec)
 
 
 def _what(file: BinaryIO, page: Tags) -> tuple[str, str]:
@@ -134,6 +138,8 @@ def _unsupported(page: Tags) -> str:
   if photometric == 2 and set(bits) not in ({8}, {16}):
     depth = " and ".join(f"{b}-bit" for b in sorted(set(bits)))
     return f"of {depth} colour: {ranged}"
+  if photometric in (32803, 34892):
+    return f"of a sensor's raw colours: {containers.RGB_FIRST}"
   if photometric not in (2, 3, 6):
     return f"of unknown colours ({photometric}): {containers.RGB_FIRST}"
   if photometric == 3 and samples == 2 and page.number(_PLANAR, 1) == 2:
@@ -213,7 +219,9 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
     counts = counts or _to_the_end(offsets, len(base))
   else:
     base, offsets, counts = _gathered(file, offsets, counts, wanted)
-    if compression not in _OWN_FILL_ORDER and fields.pop(_FILL_ORDER, ()) == (2,):
+    if compression not in _OWN_FILL_ORDER and fields.pop(_FILL_ORDER, ()) == (
+      2,
+    ):
       base = base.translate(_REVERSED)
   if tiled:
     fields |= {_TILE_WIDTH: shape[:1], _TILE_HEIGHT: shape[1:]}

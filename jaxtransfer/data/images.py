@@ -128,7 +128,7 @@ def _to_rgb(pixels: containers.Pixels) -> Image.Image:
     if turn := _TURNS.get(pixels.orientation):
       image = image.transpose(turn)
     if not has_alpha:
-      return image.convert("RGB")
+      return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "La":
       image = image.convert("LA")
     image = image.convert("RGBA")

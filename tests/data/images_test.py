@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from jaxtransfer.data import images
+from jaxtransfer.data import images, sources
 
 
 def _photo(height=40, width=60, seed=0):
@@ -453,6 +453,10 @@ def test_a_thin_strip_costs_no_gigabytes():
   """Its short side is one pixel: scaled whole, it would be 22 GB."""
   for shape in ((1, 100_000, 3), (100_000, 1, 3)):
     assert images.fit(np.full(shape, 7, np.uint8), 224).shape == (224, 224, 3)
+
+
+def test_every_format_that_is_read_is_looked_for_in_folders():
+  assert {f".{form.lower()}" for form in images.FORMATS} <= sources.SUFFIXES
 
 
 def test_the_card_says_what_fit_does():

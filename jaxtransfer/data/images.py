@@ -6,6 +6,7 @@ import os
 from typing import BinaryIO
 
 import numpy as np
+import PIL
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from jaxtransfer.data import containers, tiff
@@ -74,11 +75,8 @@ def decode(
   Image.MAX_IMAGE_PIXELS = None
   TiffImagePlugin.READ_LIBTIFF = True
   try:
-    with (
-      io.BytesIO(source)
-      if isinstance(source, bytes)
-      else open(source, "rb") as file
-    ):
+    is_bytes = isinstance(source, bytes)
+    with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
       pixels = _pixels(file, max_pixels)
     return np.asarray(_to_rgb(pixels))
   except (ImageError, MemoryError):
@@ -90,7 +88,10 @@ def decode(
   except PermissionError:
     raise ImageError("permission denied") from None
   except UnidentifiedImageError:
-    raise ImageError("damaged image: its header cannot be read") from None
+    raise ImageError(
+      "damaged image, or of a layout that Pillow"
+      f" {PIL.__version__} does not know"
+    ) from None
   # Pillow's readers raise whatever their parsing of hostile bytes runs into
   # (struct.error, SyntaxError, ZeroDivisionError, ...), not one error type.
   except Exception as e:

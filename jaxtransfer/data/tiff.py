@@ -185,10 +185,21 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
   if min(shape) < 1:
     raise ImageError(f"damaged image: tiles of {shape[0]} x {shape[1]} pixels")
   across, down = -(-width // shape[0]), -(-height // shape[1])
+  extra = page.numbers(_EXTRA)
+  if photometric == 2 and samples == 4:
+    # Four channels without a word about the last are usually this.
+    extra = extra or (2,)
+    if planar == 2 and extra[0] not in (1, 2):
+      # Its last plane means nothing, and not every reader passes it over.
+      samples, bits, extra = 3, bits[:3], ()
   planes = samples if planar == 2 else 1
   wanted = across * down * planes
   offsets = page.numbers(_TILES if tiled else _STRIPS)
   counts = page.numbers(_TILE_SIZES if tiled else _STRIP_SIZES)
+  if len(offsets) < wanted and compression != _OLD_JPEG:
+    raise ImageError(
+      f"damaged image: {len(offsets)} of {wanted} parts of the TIFF are there"
+    )
   if compression == 1 and (photometric != 6 or planar == 2):
     # What the sides say; some writers count wrongly.
     each = sum(bits) if planar != 2 else bits[0]
@@ -206,12 +217,11 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
     _SAMPLES: [samples],
     _PLANAR: [planar],
   }
-  for tag in (_FILL_ORDER, _PREDICTOR, _COLOURS, _EXTRA):
+  if extra:
+    fields[_EXTRA] = extra
+  for tag in (_FILL_ORDER, _PREDICTOR, _COLOURS):
     if values := page.numbers(tag):
       fields[tag] = values
-  if photometric == 2 and samples == 4:
-    # Four channels without a word about the last are usually this.
-    fields.setdefault(_EXTRA, [2])
   if compression == _OLD_JPEG:
     # Its tables lie anywhere in the file, and say where.
     file.seek(0)
@@ -219,10 +229,10 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
     counts = counts or _to_the_end(offsets, len(base))
   else:
     base, offsets, counts = _gathered(file, offsets, counts, wanted)
-    if compression not in _OWN_FILL_ORDER and fields.pop(_FILL_ORDER, ()) == (
-      2,
-    ):
-      base = base.translate(_REVERSED)
+    if compression not in _OWN_FILL_ORDER:
+      if page.number(_FILL_ORDER, 1) == 2:
+        base = base.translate(_REVERSED)
+      fields.pop(_FILL_ORDER, None)
   if tiled:
     fields |= {_TILE_WIDTH: shape[:1], _TILE_HEIGHT: shape[1:]}
     fields |= {_TILES: offsets, _TILE_SIZES: counts}
@@ -235,7 +245,8 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
 def _to_the_end(offsets: Sequence[int], end: int) -> list[int]:
   """Returns how far it is from each strip to what follows it."""
   ends = sorted({*offsets, end})
-  return [ends[ends.index(o) + 1] - o if o < end else 0 for o in offsets]
+  after = dict(zip(ends, ends[1:], strict=False))
+  return [after[o] - o if o < end else 0 for o in offsets]
 
 
 def _gathered(
@@ -247,27 +258,25 @@ def _gathered(
     file: where they are now.
     offsets: of each.
     counts: bytes of each; none where the file does not say.
-    wanted: how many there are.
+    wanted: how many there are, at most as many as offsets.
 
   Raises:
-    ImageError: some are missing or cut short.
+    ImageError: some are cut short.
   """
   size = file.seek(0, 2)
-  if len(offsets) < wanted:
-    raise ImageError(
-      f"damaged image: {len(offsets)} of {wanted} parts of the TIFF are there"
-    )
   if len(counts) < wanted:
     counts = _to_the_end(offsets, size)
+  places = list(zip(offsets[:wanted], counts[:wanted], strict=True))
   # The first bytes are the header's.
-  parts, there, at = [b"\0" * 8], {}, 8
-  for place in zip(offsets[:wanted], counts[:wanted], strict=True):
+  parts, there, at, left = [b"\0" * 8], {}, 8, size
+  for place in places:
     offset, count = place
     if place in there:
       continue
     if not 0 < offset < offset + count <= size:
       raise ImageError("damaged image: truncated, pixels of the TIFF missing")
-    if at + count > size + 8:
+    left -= count
+    if left < 0:
       raise ImageError("damaged image: parts of the TIFF lie in each other")
     file.seek(offset)
     parts.append(file.read(count))
@@ -275,7 +284,6 @@ def _gathered(
     parts.append(b"\0" * (count % 2))
     there[place] = at
     at += count + count % 2
-  places = list(zip(offsets[:wanted], counts[:wanted], strict=True))
   return (
     b"".join(parts),
     [there[place] for place in places],
@@ -295,6 +303,8 @@ def _written(
   at = len(base) + len(base) % 2
   encoded = {}
   for tag, values in fields.items():
+    if not values:
+      continue
     short = max(values) < 1 << 16 and min(values) >= 0
     try:
       data = struct.pack(f"{end}{len(values)}{'H' if short else 'I'}", *values)

@@ -158,6 +158,23 @@ def test_a_text_that_ends_beyond_the_file_costs_no_image():
   np.testing.assert_array_equal(images.decode(data), _samples())
 
 
+def test_parts_of_odd_length_may_touch_each_other():
+  """Nothing asks for the blank byte that this writer puts between them; nor
+  for their lengths, where each reaches as far as the next."""
+  samples = _samples(channels=1)[:, :WIDTH]
+  data = tiffs.write(samples, photometric=1)
+  packed = samples.astype("u1").tobytes()
+  assert len(packed) % 2 and data[8 : 8 + len(packed)] == packed
+  places = [8 + WIDTH * row for row in range(HEIGHT)]
+  for lengths in [WIDTH] * HEIGHT, []:
+    more = [(273, 4, places), (278, 3, [1])]
+    more += [(279, 4, lengths)] if lengths else [(279, 2, b"none\0")]
+    data = tiffs.write(samples, photometric=1, more=more)
+    np.testing.assert_array_equal(
+      images.decode(data), np.repeat(samples, 3, axis=2)
+    )
+
+
 def test_tags_of_pixels_are_read_in_whatever_type_they_are_written():
   more = [(256, 4, [WIDTH]), (258, 4, [8, 8, 8]), (277, 1, [3])]
   more += [(279, 4, [7])]  # wrong, and not needed without compression

@@ -1,6 +1,7 @@
 """The keys that every config shares, so that one learns them once."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.data.image_size = 224  # pixels: shorter side resized, centre cropped
   config.data.workers = 0  # decoding processes; 0 = threads of this process
   config.data.max_failures = 0.01  # unreadable share of images that stops a run
-  config.data.max_pixels = 100_000_000  # larger images are refused unopened
+  config.data.max_pixels = 100_000_000  # larger images are refused by their header
   config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
   config.data.few_shot = 0  # train images of each class; 0 = all
   config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default
@@ -112,17 +113,49 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     UsageError: naming the key.
   """
-  positive(config, "batch_size", "data.image_size")
+  _check_finite("config", config.to_dict())
   one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
-  if not 0 <= config.seed < 2**32:
-    raise errors.UsageError(
-      f"config.seed is {config.seed}; it must be from 0 to 4294967295"
-    )
-  if config.data.workers < 0:
-    raise errors.UsageError(
-      f"config.data.workers is {config.data.workers}; it must be 0 or more"
-    )
+  errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
+  for key, bounds in _BOUNDS.items():
+    errors.check_range(key, _value_of(config, key), **bounds)
+  if "epochs" in config:
+    errors.check_range("epochs", config.epochs, least=1, most=100_000)
+
+
+# A larger batch, side or number of epochs is a slip of the finger.
+_BOUNDS: dict[str, dict[str, Any]] = {
+  "batch_size": {"least": 1, "most": 65_536},
+  "data.image_size": {
+    "least": 8,
+    "most": 8_192,
+    "why": "a network's first layer looks at 7 x 7 pixels, and sees nothing in"
+    " fewer",
+  },
+  "data.workers": {"least": 0, "most": 1_024},
+  "data.max_failures": {"least": 0, "most": 1, "why": "it is a share"},
+  "data.max_pixels": {"least": 1},
+  "data.few_shot": {"least": 0},
+}
+
+
+def _check_finite(name: str, value: Any) -> None:
+  """Checks that no number below a key is NaN or infinite."""
+  if isinstance(value, dict):
+    for key, inner in value.items():
+      _check_finite(f"{name}.{key}", inner)
+  elif isinstance(value, (tuple, list)):
+    for inner in value:
+      _check_finite(name, inner)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise errors.UsageError(f"{name} is {value}; it must be a finite number")
+
+
+def _value_of(config: Mapping[str, Any], key: str) -> Any:
+  """Returns the value of a key that may lie deeper, such as `data.workers`."""
+  for part in key.split("."):
+    config = config[part]
+  return config
 
 
 def positive(config: Mapping[str, Any], *keys: str) -> None:
@@ -132,9 +165,7 @@ def positive(config: Mapping[str, Any], *keys: str) -> None:
     UsageError: naming the first key that is not.
   """
   for key in keys:
-    value: Any = config
-    for part in key.split("."):
-      value = value[part]
+    value = _value_of(config, key)
     if value < 1:
       raise errors.UsageError(f"config.{key} is {value}; it must be positive")
 

@@ -44,3 +44,40 @@ class UnreadableError(RunError):
 
 class DivergedError(RunError):
   """A training whose numbers are no longer finite: it alone has failed."""
+
+
+def check_range(
+  key: str,
+  value: float,
+  *,
+  least: float = float("-inf"),
+  above: float = float("-inf"),
+  most: float = float("inf"),
+  below: float = float("inf"),
+  why: str = "",
+) -> None:
+  """Checks that a key's value lies in a range; NaN lies in none.
+
+  Args:
+    key: its name, after `config.`.
+    value: its value.
+    least: the least it may be.
+    above: what it must be above.
+    most: the most it may be.
+    below: what it must be below.
+    why: said where it does not, for a bound that does not explain itself.
+
+  Raises:
+    UsageError: it does not.
+  """
+  if least <= value <= most and above < value < below:
+    return
+  bounds = (("at least", least), ("above", above))
+  bounds += (("at most", most), ("below", below))
+  words = " and ".join(
+    f"{word} {bound:.12g}"
+    for word, bound in bounds
+    if abs(bound) != float("inf")
+  )
+  why = f": {why}" if why else ""
+  raise UsageError(f"config.{key} is {value}; it must be {words}{why}")

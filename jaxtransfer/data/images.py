@@ -1,47 +1,63 @@
 """One image file to an array, or one clear reason why not."""
 
+import errno
 import io
 import os
-import warnings
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import PIL
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+from jaxtransfer.data import containers, tiff
+from jaxtransfer.data.containers import ImageError
+
+# Pillow's name -> what cuts the pixels out of such a file.
+_READERS = {
+  "PNG": containers.png,
+  "JPEG": containers.jpeg,
+  "TIFF": tiff.first_page,
+  "BMP": containers.bmp,
+  "WEBP": containers.webp,
+}
+FORMATS = tuple(_READERS)
 MAX_PIXELS = 100_000_000
 # A strip wider than this many squares is cropped before it is resized: its
 # short side can be one pixel, and the rest would be gigabytes thrown away.
 _MAX_SQUARES = 16
 
-# Pillow warns from 89 megapixels; ours is the limit that counts. Above 178 it
-# refuses whatever ours is.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
 _TO_RGB = frozenset({"1", "L", "P", "RGB", "RGBX", "YCbCr"})
-
-
-class ImageError(Exception):
-  """An image that cannot be used; its message is the reason, one line."""
-
-  def __init__(self, reason: str):
-    super().__init__(" ".join(reason.split()))
+# EXIF's orientation -> what turns the image upright.
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(
   source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-  """Decodes a PNG, JPEG, TIFF (first page) or BMP to 8-bit RGB.
+  """Decodes a PNG, JPEG, TIFF, BMP or WebP to 8-bit RGB.
 
+  - Of several pages or frames the first is used.
   - 8-bit grey, bilevel and palette images become RGB; the orientation written
-    in EXIF or TIFF is applied.
+    in EXIF, XMP or TIFF is applied.
+  - Nothing else that a file says of itself is read, so that damage there, or a
+    profile of megabytes, costs no image.
   - Transparency is composited on white, the background of a slide; an image
     with nothing opaque in it is refused.
   - 16-bit colour keeps its high byte. 16-bit grey, 32-bit and float images are
     refused: which part of the range matters (a 12-bit X-ray, a fluorescence
-    channel) is not in the file, and a guess would be silently wrong.
+    channel) is not in the file, and a guess would be silently wrong. So are
+    images of two grey channels, and of five channels or more.
   - CMYK and LAB are refused: without their colour profile the colours are
     wrong.
-  - Truncated and damaged files are refused, whatever of them is readable.
+  - Truncated and damaged pixels are refused, whatever of them is readable.
 
   Args:
     source: a path, or the bytes of the file.
@@ -53,56 +69,74 @@ def decode(
   Raises:
     ImageError: the image cannot be used, and why.
   """
-  is_bytes = isinstance(source, bytes)
+  # Pillow's own limit refuses at twice its number whatever ours is, and its
+  # reader of uncompressed TIFFs mixes up planes of 16 bits, which libtiff's
+  # does not. Set here, for whichever process and whoever set them before.
+  Image.MAX_IMAGE_PIXELS = None
+  TiffImagePlugin.READ_LIBTIFF = True
   try:
-    with Image.open(
-      io.BytesIO(source) if is_bytes else source, formats=FORMATS
-    ) as image:
-      width, height = image.size
-      if width * height > max_pixels:
-        raise ImageError(
-          f"too large: {width} x {height} pixels, the limit"
-          f" data.max_pixels is {max_pixels}"
-        )
-      return np.asarray(_to_rgb(image))
+    is_bytes = isinstance(source, bytes)
+    with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
+      pixels = _pixels(file, max_pixels)
+    return np.asarray(_to_rgb(pixels))
   except (ImageError, MemoryError):
     raise
-  except UnidentifiedImageError:
-    size = len(source) if is_bytes else os.path.getsize(source)
-    raise ImageError(
-      "not a PNG, JPEG, TIFF or BMP image" if size else "empty file"
-    ) from None
   except FileNotFoundError:
     raise ImageError("no such file") from None
   except IsADirectoryError:
     raise ImageError("a folder, not a file") from None
   except PermissionError:
     raise ImageError("permission denied") from None
-  except Image.DecompressionBombError as e:
-    raise ImageError(f"too large: {e}") from None
+  except UnidentifiedImageError:
+    raise ImageError(
+      "damaged image, or of a layout that Pillow"
+      f" {PIL.__version__} does not know"
+    ) from None
   # Pillow's readers raise whatever their parsing of hostile bytes runs into
   # (struct.error, SyntaxError, ZeroDivisionError, ...), not one error type.
   except Exception as e:
+    if isinstance(e, OSError) and e.errno in errno.errorcode:
+      raise ImageError(f"cannot be read: {e.strerror}") from None
+    if str(e).startswith("Unsupported"):
+      raise ImageError(str(e)) from None
     raise ImageError(f"damaged image: {e or type(e).__name__}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith(("I", "F")):
-    raise ImageError(
-      f"16-bit or deeper grey (mode {image.mode}): convert it to 8 bits with"
-      " the range that matters"
-    )
-  has_alpha = image.has_transparency_data
-  if image.mode not in _TO_RGB and not has_alpha:
-    raise ImageError(f"{image.mode} colours: convert the image to RGB first")
-  ImageOps.exif_transpose(image, in_place=True)
-  if not has_alpha:
-    return image.convert("RGB")
-  image = image.convert("RGBA")
-  if image.getextrema()[3][1] == 0:
-    raise ImageError("fully transparent")
-  white = Image.new("RGBA", image.size, "white")
-  return Image.alpha_composite(white, image).convert("RGB")
+def _pixels(file: BinaryIO, max_pixels: int) -> containers.Pixels:
+  form = containers.form_of(file.read(512))
+  file.seek(0)
+  return _READERS[form](file, max_pixels)
+
+
+def _to_rgb(pixels: containers.Pixels) -> Image.Image:
+  with Image.open(io.BytesIO(pixels.data), formats=[pixels.form]) as image:
+    if image.mode.startswith(("I", "F")):
+      raise ImageError(
+        f"16-bit or deeper grey (mode {image.mode}): {containers.RANGE_FIRST}"
+      )
+    has_alpha = image.has_transparency_data
+    if image.mode not in _TO_RGB and not has_alpha:
+      raise ImageError(f"{image.mode} colours: {containers.RGB_FIRST}")
+    try:
+      image.load()
+    except OSError as e:
+      if not pixels.codec:
+        raise
+      raise ImageError(
+        f"damaged image, or {pixels.codec} compression, which the Pillow"
+        f" installed here was built without: {e}"
+      ) from None
+    if turn := _TURNS.get(pixels.orientation):
+      image = image.transpose(turn)
+    if not has_alpha:
+      return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":
+      image = image.convert("LA")
+    image = image.convert("RGBA")
+    if image.getextrema()[3][1] == 0:
+      raise ImageError("fully transparent")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
@@ -138,3 +172,20 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
   left = round((new_width - size) / 2)
   top = round((new_height - size) / 2)
   return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def resize_card(size: int) -> dict[str, str | int | bool]:
+  """Returns what `fit` does, for whoever must do the same elsewhere.
+
+  Args:
+    size: side of the result in pixels.
+
+  Returns:
+    The words of torchvision's `Resize`, and what is kept of the result.
+  """
+  return {
+    "shorter_side": size,
+    "interpolation": "bilinear",
+    "antialias": True,
+    "crop": "centre",
+  }

@@ -24,7 +24,7 @@ from jaxtransfer.data import images, manifests, tissue
 from jaxtransfer.data import names as naming
 from jaxtransfer.errors import MissingSourceError, UsageError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+SUFFIXES = frozenset(".png .jpg .jpeg .tif .tiff .bmp .webp".split())
 # How folders and TFDS name the three splits; a manifest says train, val, test.
 _SPLIT_NAMES = {
   "train": "train",

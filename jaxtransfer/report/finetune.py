@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from jaxtransfer.report import figures, tables
+from jaxtransfer.report import figures, fonts, tables
 from jaxtransfer.report.markup import Content, Html, Picture, Section
 from jaxtransfer.report.tables import Measurements
 
@@ -104,6 +104,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
       "Where it is wrong",
       [
         picture("confusion", *CONFUSION_WORDS),
+        confusion_key(summary),
         _class_table(summary, measurements),
       ],
     ),
@@ -179,7 +180,8 @@ def confusion(summary: Mapping[str, Any]) -> Figure | None:
   table = np.array(summary.get("confusion") or [])
   if not table.size:
     return None
-  names = [_short(name) for name in summary.get("classes") or []]
+  labels = fonts.labels(summary.get("classes") or [])
+  names = list(map(_short, labels.words))
   shares = table / np.maximum(table.sum(1, keepdims=True), 1)
   side = 1.6 + 0.42 * len(names)
   with figures.style():
@@ -188,8 +190,10 @@ def confusion(summary: Mapping[str, Any]) -> Figure | None:
     axis.grid(False)
     axis.imshow(shares, cmap=_BLUES, vmin=0, vmax=1)
     ticks = range(len(names))
-    axis.set_xticks(ticks, names, rotation=45, ha="right")
-    axis.set_yticks(ticks, names)
+    font = {"fontfamily": labels.families}
+    slant = {"rotation": 45, "ha": "right"} if not labels.numbered else {}
+    axis.set_xticks(ticks, names, **slant, **font)
+    axis.set_yticks(ticks, names, **font)
     axis.set_xlabel("predicted")
     axis.set_ylabel("truth")
     for (i, j), count in np.ndenumerate(table):
@@ -199,6 +203,17 @@ def confusion(summary: Mapping[str, Any]) -> Figure | None:
           j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8
         )
   return figure
+
+
+def confusion_key(summary: Mapping[str, Any]) -> Html | None:
+  """Returns the classes of which `confusion` shows only the numbers.
+
+  Args:
+    summary: the job's summary.
+  """
+  if not summary.get("confusion"):
+    return None
+  return fonts.key(summary.get("classes") or [])
 
 
 def ranking(

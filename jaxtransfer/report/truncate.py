@@ -124,7 +124,8 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           finetune.confusion(summary),
           confusion_title,
           confusion_caption + exported,
-        )
+        ),
+        finetune.confusion_key(summary),
       ],
     ),
     Section(

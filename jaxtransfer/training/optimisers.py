@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtransfer import errors
+from jaxtransfer.errors import check_range
 
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "one_cycle", "plateau")
@@ -180,27 +181,3 @@ def check_one_of(key: str, value: str, known: Sequence[str]) -> None:
     raise errors.UsageError(
       f"config.{key} is {value!r}; it is one of {', '.join(known)}"
     )
-
-
-def check_range(
-  key: str,
-  value: float,
-  *,
-  least: float = float("-inf"),
-  above: float = float("-inf"),
-  most: float = float("inf"),
-  below: float = float("inf"),
-) -> None:
-  """Checks that a key's value lies in a range; NaN lies in none.
-
-  Raises:
-    UsageError: it does not.
-  """
-  if least <= value <= most and above < value < below:
-    return
-  bounds = (("at least", least), ("above", above))
-  bounds += (("at most", most), ("below", below))
-  words = " and ".join(
-    f"{word} {bound:g}" for word, bound in bounds if abs(bound) != float("inf")
-  )
-  raise errors.UsageError(f"config.{key} is {value}; it must be {words}")

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import special
 
 from jaxtransfer import errors, files, parallel
+from jaxtransfer.data import images as imaging
 from jaxtransfer.data import labels as labelling
 from jaxtransfer.data import pipeline, sources
 from jaxtransfer.data import splits as splitting
@@ -534,6 +535,7 @@ def card(
     "classes": data.names,
     "many_labels": config.many_labels,
     "image_size": config.data.image_size,
+    "resize": imaging.resize_card(config.data.image_size),
     "temperature": evaluated["temperature"],
     "metrics": {
       f"{split}:{metric}": files.finite(value)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxtransfer import errors, workdir
-from jaxtransfer.data import pipeline, preprocess, sources
+from jaxtransfer.data import images, pipeline, preprocess, sources
 from jaxtransfer.jobs import finetune
 from jaxtransfer.networks import zoo
 from jaxtransfer.weights import loading
@@ -272,6 +272,7 @@ def test_the_export_is_the_network_that_was_measured(finished, source):
   results = json.loads((finished / "results.json").read_text())
   assert confusion.tolist() == results["summary"]["confusion"]
   assert card["until"] == "stem" and card["classes"] == ["class 0", "class 1"]
+  assert card["resize"] == images.resize_card(32)
 
 
 def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxtransfer import errors, workdir
+from jaxtransfer.data import images as imaging
 from jaxtransfer.data import preprocess, sources
 from jaxtransfer.jobs import truncate
 from jaxtransfer.networks import zoo
@@ -129,6 +130,7 @@ def test_the_export_is_the_network_that_was_measured(finished, source):
   card = json.loads((finished / "export" / "model.json").read_text())
   assert card["until"] == summary["cut"]
   assert card["classes"] == ["class 0", "class 1"]
+  assert card["resize"] == imaging.resize_card(16)
   exported = finished / "export" / "model.safetensors"
   model = loading.create_model(
     "cbr_tiny",

@@ -30,7 +30,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.data.image_size = 224  # pixels: shorter side resized, centre cropped
   config.data.workers = 0  # decoding processes; 0 = threads of this process
   config.data.max_failures = 0.01  # unreadable share of images that stops a run
-  config.data.max_pixels = 100_000_000  # larger images are refused by their header
+  config.data.max_pixels = 100_000_000  # larger images are refused unopened
   config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
   config.data.few_shot = 0  # train images of each class; 0 = all
   config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default

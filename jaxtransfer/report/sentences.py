@@ -1,0 +1,267 @@
+"""What a run that trained says in a few sentences, its doubts among them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtransfer.report import tables
+
+Row = Mapping[str, Any]
+# Of the classes that a network does not find, so many are named.
+_NAMED = 2
+
+
+def of_truncate(summary: Mapping[str, Any]) -> str:
+  """Returns the sentence of a `truncate` run.
+
+  First what speaks against relying on it; then the cut beside the whole
+  network, whether the data can tell these two apart, and the best of the other
+  networks. Trainings that had not come to their end are said with what speaks
+  against it, or last.
+
+  Args:
+    summary: of results.json; of it "whole", "table", "metric", "exported"
+      and "unfinished".
+
+  Returns:
+    One to four sentences.
+  """
+  metric, table = summary["metric"], summary["table"]
+  chosen = next(row for row in table if row["chosen"])
+  whole = next((row for row in table if row["whole"]), None)
+  others = [
+    row
+    for row in table
+    if row is not chosen and row is not whole and _mean(row, metric) is not None
+  ]
+  best = max(others, key=lambda row: _mean(row, metric), default=None)
+
+  own = _doubts("the network", chosen)
+  if not own and (missed := summary["exported"]["missed"]):
+    which = f"the exported network, seed {summary['exported']['seed']},"
+    own = [_not_found(which, missed)]
+  about = []
+  said = [_verdict(summary["whole"], chosen, whole, metric)]
+  if whole is not None and whole is not chosen:
+    about += _doubts("the whole network", whole)[:1]
+    said.append(_compared(chosen["against_ftl"][metric]))
+  if best is not None:
+    about += _doubts("the best of the others", best)[:1]
+    said.append(_best_of_others(best, metric))
+  lead = "Do not rely on it" if own else "Read this with care"
+  late = unfinished(summary["unfinished"])
+  return _with_doubts(said, lead, own + about, late)
+
+
+def of_finetune(
+  summary: Mapping[str, Any],
+  scores: Mapping[str, Row],
+  params: int,
+  metrics: tuple[str, str],
+) -> str:
+  """Returns the sentence of a `finetune` run.
+
+  Args:
+    summary: of results.json; of it "network", "cut", "best_epoch", "epochs",
+      "missed", "chance" and "unfinished".
+    scores: metric -> its row of the test split.
+    params: of the network.
+    metrics: the two that are told.
+
+  Returns:
+    One to three sentences.
+  """
+  first, second = (
+    _number(scores[metric], "value", metric) for metric in metrics
+  )
+  text = (
+    f"{summary['network']} cut after {summary['cut']}, fine-tuned:"
+    f" {first} and {second} on the test split, with"
+    f" {params / 1e6:.2f} M parameters, after epoch {summary['best_epoch']} of"
+    f" {len(summary['epochs'])}."
+  )
+  row = {
+    "tests": 1,
+    "missed": summary["missed"],
+    "chance": summary["chance"],
+    "test": {
+      name: {"mean": of["value"], "low": of["low"], "high": of["high"]}
+      for name, of in scores.items()
+    },
+  }
+  doubts = _doubts("the network", row)
+  late = unfinished(summary["unfinished"])
+  return _with_doubts([text], "Do not rely on it", doubts, late)
+
+
+def unfinished(of: Mapping[str, int]) -> str | None:
+  """Says that trainings were still getting better when they had to end.
+
+  Args:
+    of: "trainings", how many there are, and "at_last_epoch", of how many the
+      best epoch is the last that was allowed.
+
+  Returns:
+    Words without a capital or a stop; None where there is none.
+  """
+  late, trainings = of["at_last_epoch"], of["trainings"]
+  if not late:
+    return None
+  if trainings == 1:
+    return "the best epoch is the last one allowed, so more epochs would help"
+  return (
+    f"{late:,} of {trainings:,} trainings had their best epoch at the last one"
+    " allowed, so more epochs would help"
+  )
+
+
+def _with_doubts(
+  said: list[str], lead: str, doubts: list[str], late: str | None
+) -> str:
+  if doubts:
+    doubts = [*doubts, *filter(None, [late])]
+    said = [f"{lead}: {_and(doubts, ';')}.", *said]
+  elif late:
+    said = [*said, f"{late[0].upper()}{late[1:]}."]
+  return " ".join(said)
+
+
+def _verdict(name: str, chosen: Row, whole: Row | None, metric: str) -> str:
+  if chosen is whole:
+    return f"Do not cut {name}: whole, it gives {_score(chosen, metric)}."
+  text = (
+    f"Cut {name} after {chosen['cut']}: fine-tuned, it gives"
+    f" {_score(chosen, metric)}"
+  )
+  if whole is None:
+    return f"{text}; the whole network could not be trained."
+  speed = chosen["images_per_second"] / whole["images_per_second"]
+  return (
+    f"{text} against {_score(whole, metric)} for the whole network, with"
+    f" {tables.percent(chosen['params'], whole['params'])} of the parameters"
+    f" and {speed:.1f}x the speed."
+  )
+
+
+def _compared(difference: Mapping[str, float | None]) -> str:
+  """Returns the sentence on the cut less the whole network."""
+  sign = _sign(difference)
+  if sign is None:
+    return "Whether they differ cannot be said: the difference is undefined."
+  if sign:
+    better = "cut" if sign > 0 else "whole"
+    return (
+      f"On the same test images the {better} network is better by"
+      f" {_size(difference)}."
+    )
+  return (
+    "The data cannot tell the two apart: on the same test images they differ"
+    f" by {_signed(difference)}."
+  )
+
+
+def _best_of_others(best: Row, metric: str) -> str:
+  difference = best["against_chosen"][metric]
+  sign = _sign(difference)
+  if sign is None:
+    so = "its difference from the cut is undefined"
+  elif sign:
+    so = f"{'better' if sign > 0 else 'worse'} by {_size(difference)}"
+  else:
+    so = f"the data cannot tell it from the chosen one ({_signed(difference)})"
+  return (
+    f"The best of the others, {best['words']} ({best['name']},"
+    f" {best['weights']} weights), gives {_score(best, metric)}: {so}."
+  )
+
+
+def _doubts(name: str, row: Row) -> list[str]:
+  """Returns what speaks against a network that it has learnt the task."""
+  doubts = []
+  if row["missed"]:
+    # Every image is tested once by each of the seeds, and once by all folds.
+    seeds = row["tests"]
+    average = f", on average over {seeds} seeds," if seeds > 1 else ""
+    doubts.append(_not_found(name + average, row["missed"], seeds))
+  balanced = row["test"]["balanced_accuracy"]
+  least = balanced["mean"] if balanced["low"] is None else balanced["low"]
+  if least is not None and least <= row["chance"]:
+    doubts.append(
+      f"{name} cannot be told from guessing"
+      f" ({_number(balanced, 'mean', 'balanced_accuracy')}, guessing"
+      f" {row['chance']:.3f})"
+    )
+  return doubts
+
+
+def _not_found(name: str, missed: Sequence[Row], repeats: int = 1) -> str:
+  """Says of what classes a network finds hardly an image."""
+  said = []
+  for one in missed[:_NAMED]:
+    images, found, taken = (
+      round(one[key] / repeats) for key in ("images", "found", "taken")
+    )
+    kind, instead = tables.shorten(one["class"]), one["instead"]
+    if instead is True:
+      said.append(f"calls {taken:,} of {images:,} images without {kind} {kind}")
+    elif instead is False:
+      said.append(f"finds {kind} in {found:,} of {images:,} images with it")
+    elif taken + found == images:
+      instead = tables.shorten(instead)
+      said.append(f"calls {taken:,} of {images:,} {kind} images {instead}")
+    else:
+      said.append(
+        f"finds {found:,} of {images:,} {kind} images (calls {taken:,}"
+        f" {tables.shorten(instead)})"
+      )
+  if more := len(missed) - _NAMED:
+    if more > 0:
+      said.append(f"hardly finds {more:,} more classes")
+  return f"{name} {_and(said)}"
+
+
+def _mean(row: Row, metric: str) -> float | None:
+  return row["test"][metric]["mean"]
+
+
+def _score(row: Row, metric: str) -> str:
+  return _number(row["test"][metric], "mean", metric)
+
+
+def _number(of: Row, key: str, metric: str) -> str:
+  word = tables.metric_name(metric)
+  if of[key] is None:
+    return f"an undefined {word}"
+  text = f"{of[key]:.3f}"
+  if of["low"] is not None:
+    text += f" [{of['low']:.3f}, {of['high']:.3f}]"
+  return f"{text} {word}"
+
+
+def _sign(difference: Mapping[str, float | None]) -> int | None:
+  """Returns 0 where the interval holds zero, None where there is none."""
+  low, high = difference["low"], difference["high"]
+  if low is None or high is None:
+    return None
+  return (low > 0) - (high < 0)
+
+
+def _size(difference: Mapping[str, float]) -> str:
+  """Returns a difference that is not zero without its sign."""
+  value, *ends = (abs(difference[key]) for key in ("value", "low", "high"))
+  low, high = sorted(ends)
+  return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _signed(difference: Mapping[str, float]) -> str:
+  value, low, high = (
+    tables.score(difference[key], signed=True)
+    for key in ("value", "low", "high")
+  )
+  return f"{value} [{low}, {high}]"
+
+
+def _and(items: Sequence[str], comma: str = ",") -> str:
+  """Returns items as a sentence lists them."""
+  if len(items) < 3:
+    return (f"{comma} and " if comma == ";" else " and ").join(items)
+  return f"{comma} ".join([*items[:-1], f"and {items[-1]}"])

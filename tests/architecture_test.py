@@ -25,6 +25,7 @@ ALLOWED = {
   },
   "jobs": {
     "configuration",
+    "cuts",
     "data",
     "errors",
     "features",
@@ -35,6 +36,7 @@ ALLOWED = {
     "parallel",
     "report",
     "training",
+    "units",
     "weights",
     "workdir",
   },

@@ -143,7 +143,7 @@ def decisions(
 
 
 def images(
-  loss: steps.Loss, names: list[str], labels: np.ndarray, metric: str
+  loss: steps.Loss, names: list[str], labels: np.ndarray, metric: str = ""
 ) -> int:
   """Returns how many images a metric of `measure` is of.
 

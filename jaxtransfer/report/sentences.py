@@ -6,7 +6,7 @@ from typing import Any
 from jaxtransfer.report import tables
 
 Row = Mapping[str, Any]
-# Of the classes that a network does not find, so many are named.
+# Of the classes that the chosen network does not find, so many are named.
 _NAMED = 2
 
 
@@ -42,10 +42,10 @@ def of_truncate(summary: Mapping[str, Any]) -> str:
   about = []
   said = [_verdict(summary["whole"], chosen, whole, metric)]
   if whole is not None and whole is not chosen:
-    about += _doubts("the whole network", whole)[:1]
+    about += _doubts("the whole network", whole, brief=True)[:1]
     said.append(_compared(chosen["against_ftl"][metric]))
   if best is not None:
-    about += _doubts("the best of the others", best)[:1]
+    about += _doubts("the best of the others", best, brief=True)[:1]
     said.append(_best_of_others(best, metric))
   lead = "Do not rely on it" if own else "Read this with care"
   late = unfinished(summary["unfinished"])
@@ -109,8 +109,8 @@ def unfinished(of: Mapping[str, int]) -> str | None:
   if trainings == 1:
     return "the best epoch is the last one allowed, so more epochs would help"
   return (
-    f"{late:,} of {trainings:,} trainings had their best epoch at the last one"
-    " allowed, so more epochs would help"
+    f"{late:,} of {trainings:,} trainings had {'its' if late == 1 else 'their'}"
+    " best epoch at the last one allowed, so more epochs would help"
   )
 
 
@@ -174,14 +174,18 @@ def _best_of_others(best: Row, metric: str) -> str:
   )
 
 
-def _doubts(name: str, row: Row) -> list[str]:
+def _doubts(name: str, row: Row, *, brief: bool = False) -> list[str]:
   """Returns what speaks against a network that it has learnt the task."""
   doubts = []
-  if row["missed"]:
-    # Every image is tested once by each of the seeds, and once by all folds.
-    seeds = row["tests"]
-    average = f", on average over {seeds} seeds," if seeds > 1 else ""
-    doubts.append(_not_found(name + average, row["missed"], seeds))
+  missed = row["missed"]
+  # Every image is tested once by each of the seeds, and once by all folds.
+  seeds = row["tests"]
+  if brief and len(missed) > 1:
+    doubts.append(f"{name} hardly finds {len(missed):,} classes")
+  elif missed:
+    average = seeds > 1 and not brief
+    said = f"{name}, on average over {seeds} seeds," if average else name
+    doubts.append(_not_found(said, missed, seeds))
   balanced = row["test"]["balanced_accuracy"]
   least = balanced["mean"] if balanced["low"] is None else balanced["low"]
   if least is not None and least <= row["chance"]:
@@ -213,9 +217,9 @@ def _not_found(name: str, missed: Sequence[Row], repeats: int = 1) -> str:
         f"finds {found:,} of {images:,} {kind} images (calls {taken:,}"
         f" {tables.shorten(instead)})"
       )
-  if more := len(missed) - _NAMED:
-    if more > 0:
-      said.append(f"hardly finds {more:,} more classes")
+  more = len(missed) - _NAMED
+  if more > 0:
+    said.append(f"hardly finds {more:,} more class{'es' * (more > 1)}")
   return f"{name} {_and(said)}"
 
 

@@ -63,7 +63,7 @@ def table(
   quantities = [
     name
     for name in _QUANTITIES
-    if any(name in p.get("test", {}) for p in every)
+    if any(name in (p.get("test") or {}) for p in every)
   ]
   lines = [
     [

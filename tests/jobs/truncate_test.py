@@ -129,22 +129,23 @@ def _logits(path, unit, split="test"):
     return stored["rows"], stored["logits"].astype(float)
 
 
-def _resampled(path, source, units, fold=lambda repeat: None):
-  """Returns a row's resampled AUROC, from what its units left."""
+def _resampled(path, source, units, metric="auroc", folds=False):
+  """Returns a row's resampled metric, from what its units left."""
   examples = sources.open_source(_config(source).data)
   found = []
   for repeat, unit in enumerate(units):
     rows, logits = _logits(path, unit)
     labels = examples.labels[rows]
-    weights = bootstrap.resample_weights(
-      labels, [examples.groups[r] for r in rows], 20, fold(repeat) or 0
-    )
+    groups = [examples.groups[r] for r in rows]
+    seed = (0, repeat) if folds else 0
+    weights = bootstrap.resample_weights(labels, groups, 20, seed)
     scores = special.softmax(logits, axis=1)
-    found.append(classification.auroc(labels, scores, weights))
+    found.append(classification.METRICS[metric](labels, scores, weights))
   return np.mean(found, axis=0)
 
 
-def test_what_the_sentence_compares_is_paired(finished, source):
+@pytest.mark.parametrize("metric", ["auroc", "accuracy"])
+def test_what_the_sentence_compares_is_paired(finished, source, metric):
   """The interval of the difference is that of differences in the same
   resamples, recomputed from the logits that the trainings left."""
   results = _results(finished)
@@ -152,27 +153,25 @@ def test_what_the_sentence_compares_is_paired(finished, source):
   whole = next(row for row in table if row["whole"])
   assert whole["cut"] == "block4" and whole["against_ftl"] is None
   of_whole = _resampled(
-    finished, source, [f"ttl-block4-random-{i}" for i in range(2)]
+    finished, source, [f"ttl-block4-random-{i}" for i in range(2)], metric
   )
   rows = {
     (row["probe"], row["tap"]): row
     for row in results["measurements"]
-    if row["metric"] == "auroc:against_ftl"
+    if row["metric"] == f"{metric}:against_ftl"
   }
   others = [row for row in table if not row["whole"]]
   assert others and len(rows) == len(others)
   for row in others:
     units = [f"{row['method']}-{row['cut']}-random-{i}" for i in range(2)]
-    again = _resampled(finished, source, units) - of_whole
-    low, high = bootstrap.interval(again)
-    found = row["against_ftl"]["auroc"]
-    expected = row["test"]["auroc"]["mean"] - whole["test"]["auroc"]["mean"]
-    assert found["value"] == pytest.approx(expected)
-    assert (found["low"], found["high"]) == pytest.approx((low, high))
-    said = rows[row["method"], row["cut"]]
-    assert [said[key] for key in ("value", "low", "high")] == list(
-      found.values()
+    again = _resampled(finished, source, units, metric) - of_whole
+    difference = row["test"][metric]["mean"] - whole["test"][metric]["mean"]
+    found = list(row["against_ftl"][metric].values())
+    np.testing.assert_allclose(
+      found, [difference, *bootstrap.interval(again)], atol=1e-12
     )
+    said = rows[row["method"], row["cut"]]
+    assert [said[key] for key in ("value", "low", "high")] == found
   chosen = next(row for row in table if row["chosen"])
   assert chosen["against_chosen"] is None
   assert all(r["against_chosen"] for r in table if r is not chosen)
@@ -332,7 +331,7 @@ def test_every_image_is_tested_once_by_folds(source, tmp_path):
   assert counts == {None: 80, **{i: len(of) for i, of in enumerate(rows)}}
   # Each fold has patients of its own, and is drawn on its own.
   units = [f"ttl-block4-random-{i}" for i in range(3)]
-  again = _resampled(path, source, units, fold=lambda fold: (0, fold))
+  again = _resampled(path, source, units, folds=True)
   whole = next(r for r in results["summary"]["table"] if r["whole"])
   low, high = bootstrap.interval(again)
   assert whole["test"]["auroc"]["low"] == pytest.approx(low)

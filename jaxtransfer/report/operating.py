@@ -130,4 +130,11 @@ def _words(
       " What a call is worth depends on how many are positive:"
       " config.prevalence gives predictive values."
     )
-  return text + " Intervals in brackets."
+  text += " Intervals in brackets."
+  scores = [of for p in points for of in (p.get("test") or {}).values()]
+  if any(of.get("low") == of.get("high") is not None for of in scores):
+    text += (
+      " One without width is of images that were all called alike, and all"
+      " resamples of them too: it does not say that others would be."
+    )
+  return text

@@ -136,7 +136,8 @@ def _verdict(name: str, chosen: Row, whole: Row | None, metric: str) -> str:
     return f"{text}; the whole network could not be trained."
   speed = chosen["images_per_second"] / whole["images_per_second"]
   return (
-    f"{text} against {_score(whole, metric)} for the whole network, with"
+    f"{text} against {_score(whole, metric, bare=True)} for the whole"
+    " network, with"
     f" {tables.percent(chosen['params'], whole['params'])} of the parameters"
     f" and {speed:.1f}x the speed."
   )
@@ -170,7 +171,8 @@ def _best_of_others(best: Row, metric: str) -> str:
     so = f"the data cannot tell it from the chosen one ({_signed(difference)})"
   return (
     f"The best of the others, {best['words']} ({best['name']},"
-    f" {best['weights']} weights), gives {_score(best, metric)}: {so}."
+    f" {best['weights']} weights), gives"
+    f" {_score(best, metric, bare=True)}: {so}."
   )
 
 
@@ -227,18 +229,19 @@ def _mean(row: Row, metric: str) -> float | None:
   return row["test"][metric]["mean"]
 
 
-def _score(row: Row, metric: str) -> str:
-  return _number(row["test"][metric], "mean", metric)
+def _score(row: Row, metric: str, *, bare: bool = False) -> str:
+  return _number(row["test"][metric], "mean", metric, bare=bare)
 
 
-def _number(of: Row, key: str, metric: str) -> str:
+def _number(of: Row, key: str, metric: str, *, bare: bool = False) -> str:
+  """Returns a number with its interval and, unless bare, its metric's name."""
   word = tables.metric_name(metric)
   if of[key] is None:
     return f"an undefined {word}"
   text = f"{of[key]:.3f}"
   if of["low"] is not None:
     text += f" [{of['low']:.3f}, {of['high']:.3f}]"
-  return f"{text} {word}"
+  return text if bare else f"{text} {word}"
 
 
 def _sign(difference: Mapping[str, float | None]) -> int | None:

@@ -58,6 +58,15 @@ def test_the_table_names_the_positive_class():
   assert "its absence negative" in text
 
 
+def test_an_interval_without_width_is_no_certainty():
+  """All of nineteen found is found in every resample."""
+  sure = {"mean": 1.0, "low": 1.0, "high": 1.0}
+  for score, said in ((sure, True), (dict.fromkeys(sure), False)):
+    point = _point(test={"sensitivity": score})
+    text = _text(operating.table({}, [("", [point])]))
+    assert ("One without width" in text) == said
+
+
 def test_what_is_undefined_is_a_dash():
   nothing = dict.fromkeys(("mean", "low", "high"))
   point = _point(thresholds=[None], test={"sensitivity": nothing})

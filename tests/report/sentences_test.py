@@ -65,8 +65,8 @@ def test_a_sound_run_says_what_it_found_and_no_more():
   text = sentences.of_truncate(_summary())
   assert text == (
     "Cut resnet18 after layer1: fine-tuned, it gives 0.820 [0.770, 0.870] AUROC"
-    " against 0.683 [0.633, 0.733] AUROC for the whole network, with 10 % of"
-    " the parameters and 2.0x the speed. On the same test images the cut"
+    " against 0.683 [0.633, 0.733] for the whole network, with 10 % of the"
+    " parameters and 2.0x the speed. On the same test images the cut"
     " network is better by 0.137 [0.050, 0.210]."
   )
 
@@ -143,11 +143,11 @@ def test_the_best_of_the_others_is_compared_with_the_chosen_one():
   text = sentences.of_truncate(_summary(others=others))
   assert text.endswith(
     "The best of the others, TF in words (TF, pretrained weights), gives 0.810"
-    " [0.760, 0.860] AUROC: the data cannot tell it from the chosen one (−0.010"
+    " [0.760, 0.860]: the data cannot tell it from the chosen one (−0.010"
     " [−0.050, +0.020])."
   )
   text = sentences.of_truncate(_summary(others=others[:1]))
-  assert text.endswith("AUROC: worse by 0.120 [0.040, 0.200].")
+  assert text.endswith("[0.650, 0.750]: worse by 0.120 [0.040, 0.200].")
 
 
 def test_trainings_that_were_cut_short_are_counted():

@@ -32,6 +32,6 @@ def get_config(network: str = "resnet50") -> ml_collections.ConfigDict:
   config.metric = "auroc"  # of validation, chooses the cut
   config.epoch_metric = "loss"  # of validation, chooses the epoch
   config.tolerance = 0.01  # loss of the metric that a shallower cut may cost
-  config.halving = 0  # rounds after which the worse half of the cuts is dropped
+  config.halving = 0  # rounds that drop the worse half of the cuts
   config.cost_batch_size = 64  # images a step when throughput is measured
   return config

@@ -58,6 +58,11 @@ def training(config: ml_collections.ConfigDict) -> None:
   config.accumulate = 1  # parts of a batch, one after the other, for memory
   config.average = 0.0  # decay of averaged weights, e.g. 0.999; 0 = none
   config.resamples = 1000  # of the groups, for the intervals
+  config.sensitivities = (0.9, 0.95)  # reached on validation, for thresholds
+  config.positive = (
+    ""  # class that is to be found; "" = of two the last, or all
+  )
+  config.prevalence = 0.0  # its share among the tested; 0 = not known
   config.log_steps = 50
   config.checkpoint_steps = 500  # and after every epoch
   config.checkpoints = 2  # kept; each holds the best epoch's weights too

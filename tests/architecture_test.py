@@ -25,6 +25,7 @@ ALLOWED = {
   },
   "jobs": {
     "configuration",
+    "cuts",
     "data",
     "errors",
     "features",
@@ -36,6 +37,7 @@ ALLOWED = {
     "parallel",
     "report",
     "training",
+    "units",
     "weights",
     "workdir",
   },

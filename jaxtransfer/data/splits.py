@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -288,24 +288,12 @@ def check_splits(
       " anew in each group, or hold several patients, leave the column 'slide'"
       " out",
     )
-  warnings = []
-  for split, rows in splits.items():
-    counts = np.bincount(np.asarray(labels)[rows], minlength=len(classes))
-    absent = [classes[c] for c in np.flatnonzero(counts == 0)]
-    if not absent:
-      continue
-    shown = naming.shown(absent, 5)
-    if split == "train":
-      raise UsageError(
-        f"the train split has no image of {len(absent)} of {len(classes)}"
-        f" classes: {shown}; leave them out or change the splits"
-      )
-    if len(rows):
-      warnings.append(
-        f"the {split} split has no image of {len(absent)} of {len(classes)}"
-        f" classes: {shown}; its scores leave them out"
-      )
-  return warnings
+  lacking = "train" in splits and _absent(splits["train"], labels, classes)
+  if lacking:
+    raise UsageError(
+      f"the train split has {lacking}; leave them out or change the splits"
+    )
+  return _lacking(splits, labels, classes)
 
 
 def divide(
@@ -479,19 +467,7 @@ def _check_usable(
       " resampled one by one. Scores are too high and intervals too narrow"
       " where images of one patient are alike."
     )
-  for name in ("val", "test"):
-    rows = divided[name]
-    held = f"{len(rows):,} images"
-    count = len(rows)
-    if examples.groups is not None:
-      count = len({examples.groups[row] for row in rows})
-      held += f" of {count:,} groups"
-    if count < _FEW:
-      notes.append(
-        f"The {name} split holds {held}: its scores are rough, and resamples of"
-        " so few give intervals that are too narrow."
-      )
-  return notes
+  return notes + rough(divided, examples.groups)
 
 
 def _check_disjoint(
@@ -547,3 +523,109 @@ def counted(rows: Mapping[str, np.ndarray], classes: Sequence[str]) -> str:
     f"{sum(counts.values()):,} images of {len(classes):,} classes"
     f" ({', '.join(f'{n:,} {split}' for split, n in counts.items())})"
   )
+
+
+def rough(
+  splits: Mapping[str, np.ndarray], groups: Sequence[str] | None
+) -> list[str]:
+  """Returns a line for val and test each where they are too small to trust.
+
+  Args:
+    splits: row indices of every split.
+    groups: N names, or None.
+  """
+  notes = []
+  for name in SPLITS[1:]:
+    rows = splits[name]
+    held = f"{len(rows):,} images"
+    count = len(rows)
+    if groups is not None:
+      count = len({groups[row] for row in rows})
+      held += f" of {count:,} groups"
+    if count < _FEW:
+      notes.append(
+        f"The {name} split holds {held}: its scores are rough, and resamples of"
+        " so few give intervals that are too narrow."
+      )
+  return notes
+
+
+def readable(
+  splits: Mapping[str, np.ndarray],
+  names: Sequence[str],
+  failures: Container[str],
+) -> dict[str, np.ndarray]:
+  """Returns the rows of every split that were read, for what is counted.
+
+  Args:
+    splits: row indices of every split, as planned.
+    names: N names of the rows of the source.
+    failures: names of the images that could not be read.
+  """
+  return {
+    split: np.array([r for r in rows if names[r] not in failures], np.int64)
+    for split, rows in splits.items()
+  }
+
+
+def notes_of_read(
+  notes: Sequence[str],
+  planned: Sequence[Mapping[str, np.ndarray]],
+  read: Sequence[Mapping[str, np.ndarray]],
+  examples: Examples,
+  *,
+  every_class: bool = True,
+) -> list[str]:
+  """Says of what was read what `divide` said of what was planned.
+
+  Args:
+    notes: of a run, those of `divide` or `divide_folds` among them.
+    planned: row indices of every split, of every division.
+    read: the same without what could not be read.
+    examples: the source.
+    every_class: as in `divide`.
+
+  Returns:
+    The notes, those on what a split holds made anew and last.
+  """
+
+  def about(divisions: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    found = []
+    for rows in divisions:
+      if every_class:
+        found += _lacking(rows, examples.labels, examples.classes)
+      found += rough(rows, examples.groups)
+    return found
+
+  stale = set(about(planned))
+  kept = [note for note in notes if note not in stale]
+  return list(dict.fromkeys([*kept, *about(read)]))
+
+
+def _lacking(
+  splits: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  classes: Sequence[str],
+) -> list[str]:
+  """Returns a line for every split that lacks classes but not all images."""
+  notes = []
+  for split, rows in splits.items():
+    if len(rows) and (lacking := _absent(rows, labels, classes)):
+      so = "its scores leave them out"
+      if split == "train":
+        so = "the network never saw one"
+      notes.append(f"the {split} split has {lacking}; {so}")
+  return notes
+
+
+def _absent(
+  rows: Sequence[int] | np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> str | None:
+  """Says which classes some rows lack; None where they lack none."""
+  of_rows = np.asarray(labels)[np.asarray(rows, np.int64)]
+  counts = np.bincount(of_rows, minlength=len(classes))
+  absent = [classes[c] for c in np.flatnonzero(counts == 0)]
+  if not absent:
+    return None
+  shown = naming.shown(absent, 5)
+  return f"no image of {len(absent)} of {len(classes)} classes: {shown}"

@@ -20,7 +20,7 @@ from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import page, tables
+from jaxtransfer.report import operating, page, sentences, tables
 from jaxtransfer.training import loop, scoring, steps, trial
 from jaxtransfer.weights import loading
 
@@ -111,9 +111,11 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   evaluated = trial.evaluate(
     training, data, outputs, config.resamples, config.seed
   )
-  results = _results(config, plan, data, source, network, fitted, evaluated)
-  summary = results["summary"]
   unreadable = training.failures
+  results = _results(
+    config, plan, data, source, network, fitted, evaluated, unreadable
+  )
+  summary = results["summary"]
   if unreadable:
     pipeline.write_failures(
       workdir.path / "failures.csv", sorted(unreadable.items())
@@ -177,8 +179,10 @@ def _results(
   network: Network,
   fitted: loop.Fitted,
   evaluated: Mapping[str, Any],
+  failures: Mapping[str, str],
 ) -> dict[str, Any]:
   """Turns numbers into the rows and the summary of results.json."""
+  params, macs = zoo.count(network, config.data.image_size, head=True)
   base = {
     "network": plan.network,
     "weights": source.label,
@@ -186,94 +190,85 @@ def _results(
     "probe": "finetune",
     "seed": config.seed,
   }
+  numbers = {
+    "params": params,
+    "macs": macs,
+    "temperature": evaluated["temperature"],
+    "best_epoch": fitted.epoch,
+  }
   measurements = [
-    tables.row(base | {"split": split, "n": n}, metric, value, interval)
-    for split, metric, value, interval, n in evaluated["rows"]
+    *(
+      tables.row(base | {"split": split, "n": n}, metric, value, interval)
+      for split, metric, value, interval, n in evaluated["rows"]
+    ),
+    *(tables.row(base, name, value) for name, value in numbers.items()),
+    *operating.rows(base, evaluated["operating"], [config.seed]),
   ]
-  params, macs = zoo.count(network, config.data.image_size, head=True)
-  for name, value in (
-    ("params", params),
-    ("macs", macs),
-    ("temperature", evaluated["temperature"]),
-    ("best_epoch", fitted.epoch),
-  ):
-    measurements.append(tables.row(base, name, value))
   epochs = loop.epochs_of(fitted.records)
-  found = {
-    (row["split"], row["metric"]): row for row in measurements if row["split"]
+  scores = {
+    row["metric"]: row for row in measurements if row["split"] == "test"
   }
-  groups = None
-  units, count = "images", found["test", "accuracy"]["n"]
+  read = splitting.readable(data.rows, data.examples.names, failures)
+  groups, of_test = None, f"{len(read['test']):,} images"
   if data.examples.groups is not None:
-    groups = {
-      name: len({data.examples.groups[row] for row in rows})
-      for name, rows in data.rows.items()
-    }
-    units, count = "groups", groups["test"]
-  sentence = _sentence(plan, config, found, params, fitted.epoch, len(epochs))
-  of_auroc = found["test", "auroc"]
-  return {
-    "job": "finetune",
-    "summary": {
-      "sentence": sentence,
-      "rule": (
-        f"The best of {len(epochs)} epochs by validation {config.metric};"
-        " the test split was read once, after it was chosen."
-      ),
-      "cut": plan.last,
-      "head": config.network.head,
-      "metric": config.metric,
-      "network": plan.network,
-      "weights": source.label,
-      "data": config.data.source,
-      "classes": data.names,
-      "taps": [plan.last],
-      "trained_layers": list(network.layer_names[plan.frozen :]),
-      "best_epoch": fitted.epoch,
-      "temperature": evaluated["temperature"],
-      "epochs": [files.finite(record) for record in epochs],
-      "confusion": evaluated["confusion"],
-      "reliability": evaluated["reliability"],
-      "curves": evaluated["curves"],
-      "rows": {name: len(rows) for name, rows in data.rows.items()},
-      "groups": groups,
-      "notes": [
-        *data.notes,
-        *fitted.notes,
-        *trial.doubts(of_auroc["value"], of_auroc["low"]),
-      ],
-      "interval": (
-        f"95 % percentile bootstrap over {count:,} {units} of the test split,"
-        f" {config.resamples:,} resamples"
-      ),
+    groups = {s: len(set(data.groups_of(rows))) for s, rows in read.items()}
+    of_test = f"{groups['test']:,} groups"
+  of_auroc = scores["auroc"]
+  every_class = not config.many_labels
+  summary = {
+    "rule": (
+      f"The best of {len(epochs)} epochs by validation {config.metric};"
+      " the test split was read once, after it was chosen."
+    ),
+    "cut": plan.last,
+    "head": config.network.head,
+    "metric": config.metric,
+    "network": plan.network,
+    "weights": source.label,
+    "data": config.data.source,
+    "classes": data.names,
+    "many_labels": config.many_labels,
+    "prevalence": config.prevalence or None,
+    "taps": [plan.last],
+    "trained_layers": list(network.layer_names[plan.frozen :]),
+    "best_epoch": fitted.epoch,
+    "unfinished": {
+      "trainings": 1,
+      "at_last_epoch": int(fitted.epoch == config.epochs),
     },
-    "measurements": measurements,
+    "epochs": [files.finite(record) for record in epochs],
+    **{
+      key: evaluated[key]
+      for key in (
+        "temperature",
+        "missed",
+        "chance",
+        "confusion",
+        "operating",
+        "reliability",
+        "curves",
+      )
+    },
+    "rows": {name: len(rows) for name, rows in read.items()},
+    "groups": groups,
+    "notes": [
+      *splitting.notes_of_read(
+        data.notes, [data.rows], [read], data.examples, every_class=every_class
+      ),
+      *fitted.notes,
+      *trial.doubts(of_auroc["value"], of_auroc["low"]),
+    ],
+    "interval": (
+      f"95 % percentile bootstrap over {of_test} of the test split,"
+      f" {config.resamples:,} resamples"
+    ),
   }
-
-
-def _sentence(
-  plan: Plan,
-  config: ml_collections.ConfigDict,
-  found: Mapping[tuple[str, str], Mapping[str, Any]],
-  params: int,
-  epoch: int,
-  epochs: int,
-) -> str:
-  def said(metric: str) -> str:
-    row = found["test", metric]
-    if row["value"] is None:
-      return f"an undefined {metric}"
-    word = metric.upper() if metric in scoring.RANKING else metric
-    text = f"{row['value']:.3f}"
-    if row["low"] is not None:
-      text += f" [{row['low']:.3f}, {row['high']:.3f}]"
-    return f"{text} {word.replace('_', ' ')}"
-
   # A loss chooses well and says little.
   first = "auroc" if config.metric in loop.LOWER else config.metric
-  second = "auroc" if first == "accuracy" else "accuracy"
-  return (
-    f"{plan.network} cut after {plan.last}, fine-tuned: {said(first)}"
-    f" and {said(second)} on the test split, with {params / 1e6:.2f} M"
-    f" parameters, after epoch {epoch} of {epochs}."
-  )
+  told = first, "auroc" if first == "accuracy" else "accuracy"
+  sentence = sentences.of_finetune(summary, scores, params, told)
+  return {
+    "job": "finetune",
+    "summary": {"sentence": sentence, **summary},
+    "measurements": measurements,
+  }

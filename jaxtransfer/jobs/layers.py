@@ -190,6 +190,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     "seconds": {"extracting": extracting, "probing": probing, "cost": costing},
     "run": begun,
   }
+  notes = splitting.notes_of_read(notes, [divided], [read], examples)
   summary["notes"] = [*examples.notes, *notes, *summary["notes"]]
   page.write(workdir.path, results)
   _print(results)
@@ -478,7 +479,7 @@ def _results(
       f" {config.resamples:,} resamples, paired between networks and taps"
     ),
   }
-  sentence = sentences.layers(summary, tables.Measurements(rows))
+  sentence = sentences.of_layers(summary, tables.Measurements(rows))
   return {
     "job": "layers",
     "summary": {"sentence": sentence, **summary},

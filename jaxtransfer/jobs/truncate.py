@@ -12,10 +12,7 @@ Source: TTL of Peng et al., arXiv 2106.05152v8, with its baselines: FTL (the
 """
 
 import dataclasses
-import functools
-import json
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,122 +22,56 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxtransfer import configuration, errors, files, hosts, parallel
+from jaxtransfer import (
+  configuration,
+  cuts,
+  errors,
+  files,
+  hosts,
+  parallel,
+)
 from jaxtransfer import workdir as workdirs
+from jaxtransfer.cuts import (
+  METHODS,
+  PRETRAINED,
+  RANDOM,
+  Plan,
+  Row,
+  Searched,
+  Unit,
+)
 from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
-from jaxtransfer.measure import bootstrap, classification, cost
+from jaxtransfer.measure import (
+  classification,
+  evaluation,
+)
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import page, tables
-from jaxtransfer.training import loop, optimisers, scoring, steps, trial
+from jaxtransfer.report import operating, page, sentences, tables
+from jaxtransfer.training import (
+  costs,
+  loop,
+  optimisers,
+  repeats,
+  scoring,
+  steps,
+  trial,
+)
+from jaxtransfer.units import Units
 from jaxtransfer.weights import loading, readers
 
-METHODS = ("ttl", "lwft", "fat", "tf")
-PRETRAINED, RANDOM = "pretrained", "random"
 # Of the backbone against the head, as Peng et al. train LWFT.
 _LWFT_RATE = 0.1
-# Seconds between two looks at what other processes are doing.
-_LOOK = 2.0
-_WORDS = {
-  "ttl": "cut after {cut}, all of it trained",
-  "ftl": "the whole network trained",
-  "lwft": "the whole network, frozen up to {cut}",
-  "fat": "cut after {cut}, only the head trained",
-  "tf": "{weights} up to {cut}, then random and half as wide",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A checked config.
-
-  Attributes:
-    network: the zoo's name.
-    until: where what is called the whole network ends; None for its end.
-    blocks: cuts of the first stage, in the network's order; the last is the
-      whole network.
-    layers: every layer of the network.
-    methods: of `METHODS`, `ttl` first.
-    layerwise: those with a second stage.
-    small: networks trained from scratch beside it.
-    repeats: trainings of every cut.
-  """
-
-  network: str
-  until: str | None
-  blocks: tuple[str, ...]
-  layers: tuple[str, ...]
-  methods: tuple[str, ...]
-  layerwise: tuple[str, ...]
-  small: tuple[str, ...]
-  repeats: int
-
-  @property
-  def whole(self) -> str:
-    """The last cut."""
-    return self.blocks[-1]
-
-  @functools.cached_property
-  def places(self) -> dict[str, int]:
-    """Where every cut lies among the layers."""
-    resolve = zoo.build(self.network).resolve
-    return {
-      name: self.layers.index(resolve(name))
-      for name in (*self.layers, *self.blocks)
-    }
-
-  def cuts(self, method: str) -> list[str]:
-    """Returns the first stage's cuts that make sense for a method.
-
-    Without anything after the cut, LWFT trains a head and TF nothing.
-    """
-    last = {"lwft": -1, "tf": -1}.get(method)
-    return list(self.blocks[:last])
-
-  def around(self, method: str, block: str, step: int) -> list[str]:
-    """Returns the second stage's cuts: the layers beside the best block's end.
-
-    In a ResNet those of the block and of the next; in a DenseNet, whose
-    transitions compress what a block has gathered, those of the block, as in
-    the paper.
-    """
-    ends = [self.places[name] for name in self.blocks]
-    at = self.blocks.index(block)
-    first = ends[at - 1] + 1 if at else 0
-    beyond = ends[min(at + 1, len(ends) - 1)]
-    if zoo.family(self.network) == "densenet":
-      beyond = ends[at]
-    known = {self.places[name] for name in self.cuts(method)}
-    # Counted from the block's end: every step-th of both sides.
-    return [
-      self.layers[i]
-      for i in range(first, beyond)
-      if i not in known and (i - ends[at]) % max(step, 1) == 0
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-  """One training.
-
-  Attributes:
-    method: of `METHODS`, or a small network's name.
-    cut: the layer it is about; "" for a small network.
-    weights: `PRETRAINED` or `RANDOM`.
-    repeat: the how-manieth seed or fold.
-  """
-
-  method: str
-  cut: str
-  weights: str
-  repeat: int
-
-  @property
-  def name(self) -> str:
-    """The directory's name."""
-    parts = (self.method, self.cut, self.weights, str(self.repeat))
-    return "-".join(filter(None, parts))
+# Of a network that was tested, beside its scores.
+_COSTS = (
+  "params",
+  "macs",
+  "trained_params",
+  "latency_ms",
+  "images_per_second",
+  "training_seconds",
+)
 
 
 def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
@@ -181,7 +112,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   for note in data[0].notes:
     print(note, flush=True)
   search = _search(bench)
-  rows = _rows(bench, search)
+  rows = cuts.compared(
+    plan, search, config.tolerance, bench.began_with, config.random
+  )
   bench.settle([unit for row in rows for unit in row.units])
   # Whoever comes first reads the test split and writes; the others wait.
   with workdirs.lock(workdir.path / ".report.lock", wait=True):
@@ -212,6 +145,12 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   if config.folds and config.many_labels:
     raise errors.UsageError(
       "config.folds needs one label for each image; use config.seeds"
+    )
+  if config.epochs < 2**config.halving:
+    raise errors.UsageError(
+      f"config.halving is {config.halving}, and config.epochs"
+      f" {config.epochs}: every round needs more epochs than the one before;"
+      f" {2**config.halving} epochs or more, or fewer rounds"
     )
   name, until = config.network.name, config.network.until or None
   blocks = zoo.select_taps(name, config.taps, until)
@@ -268,7 +207,8 @@ def _open(
   divisions, notes = splitting.divide_folds(config, examples, path)
   notes = [*examples.notes, *notes]
   return [
-    trial.Data(examples, rows, names, targets, notes) for rows in divisions
+    trial.Data(examples, rows, names, targets, notes, fold)
+    for fold, rows in enumerate(divisions)
   ]
 
 
@@ -279,60 +219,30 @@ def _save_splits(path: pathlib.Path, data: Sequence[trial.Data]) -> None:
   stored_splits.save_splits(path, rows, data[0].examples)
 
 
-@dataclasses.dataclass(frozen=True)
-class Searched:
-  """A cut that a method was tried at.
-
-  Attributes:
-    method: of `METHODS`.
-    stage: "blocks" or "layers".
-    cut: the layer.
-    values: of the validation metric, one of each repeat, as far as it was
-      trained; NaN where undefined.
-    stopped: why it cannot be chosen by them; None where it can.
-  """
-
-  method: str
-  stage: str
-  cut: str
-  values: tuple[float, ...]
-  stopped: str | None
-
-  @property
-  def mean(self) -> float:
-    """Over the repeats that have a value; NaN without any."""
-    known = [value for value in self.values if np.isfinite(value)]
-    return float(np.mean(known)) if known else np.nan
-
-  @property
-  def value(self) -> float:
-    """What it is chosen by: the mean, or -inf where it cannot be chosen."""
-    whole = self.stopped is None and np.isfinite(self.values).all()
-    return self.mean if whole else -np.inf
-
-
 def _search(bench: "_Bench") -> list[Searched]:
   """Trains all cuts of both stages."""
   plan, config = bench.plan, bench.config
   stopped: dict[tuple[str, str], str] = {}
 
-  def train(cuts: Mapping[str, Sequence[str]]) -> None:
-    for method, of_method in cuts.items():
+  def train(wanted: Mapping[str, Sequence[str]]) -> None:
+    for method, of_method in wanted.items():
       stopped.update(_halve(bench, method, of_method))
     bench.settle(
       [
         unit
-        for method, of_method in cuts.items()
+        for method, of_method in wanted.items()
         for cut in of_method
         if (method, cut) not in stopped
         for unit in bench.units(method, cut)
       ]
     )
 
-  def searched(cuts: Mapping[str, Sequence[str]], stage: str) -> list[Searched]:
+  def searched(
+    tried: Mapping[str, Sequence[str]], stage: str
+  ) -> list[Searched]:
     return [
       bench.searched(method, stage, cut, stopped.get((method, cut)))
-      for method, of_method in cuts.items()
+      for method, of_method in tried.items()
       for cut in of_method
     ]
 
@@ -365,7 +275,7 @@ def _halve(
   config, dropped = bench.config, {}
   alive = list(cuts)
   for i in range(config.halving):
-    epochs = max(1, config.epochs // 2 ** (config.halving - i))
+    epochs = config.epochs // 2 ** (config.halving - i)
     units = [unit for cut in alive for unit in bench.units(method, cut)]
     bench.settle(units, stop_after=epochs)
     values = {cut: bench.so_far(method, cut, epochs) for cut in alive}
@@ -377,57 +287,6 @@ def _halve(
   return dropped
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A line of the final table.
-
-  Attributes:
-    name: for people, e.g. "TTL-2".
-    method: of `METHODS`, "ftl", or a small network's name.
-    units: its trainings.
-    chosen: whether it is the cut that the search ended with.
-  """
-
-  name: str
-  method: str
-  units: tuple[Unit, ...]
-  chosen: bool = False
-
-
-def _rows(bench: "_Bench", search: Sequence[Searched]) -> list[Row]:
-  """Decides what is compared on the test split, by validation alone."""
-  plan = bench.plan
-  rows: dict[tuple[Unit, ...], Row] = {}
-  whole = bench.units("ttl", plan.whole)
-
-  def add(row: Row) -> None:
-    if row.units == whole:
-      row = dataclasses.replace(row, name="FTL", method="ftl")
-    rows.setdefault(row.units, row)
-
-  for method in plan.methods:
-    blocks = [s for s in search if s.stage == "blocks"]
-    best = [bench.choose(of, method) for of in (blocks, search)]
-    if None in best:
-      continue
-    first, last = (bench.units(method, one.cut) for one in best)
-    name, chosen = method.upper(), method == "ttl"
-    if first != last:
-      add(Row(f"{name}-2", method, last, chosen))
-      add(Row(f"{name}-1", method, first))
-    else:
-      add(Row(name, method, last, chosen))
-    if chosen:
-      add(Row("FTL", "ftl", whole))
-  if bench.began_with == PRETRAINED and bench.config.random:
-    for row in list(rows.values()):
-      units = tuple(dataclasses.replace(u, weights=RANDOM) for u in row.units)
-      add(dataclasses.replace(row, units=units, chosen=False))
-  for name in plan.small:
-    add(Row(name, name, bench.units(name, "")))
-  return list(rows.values())
-
-
 def _report(
   bench: "_Bench",
   search: Sequence[Searched],
@@ -435,27 +294,174 @@ def _report(
   begun: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Reads the test split for the rows of the table, and says what was found."""
-  config, plan, data = bench.config, bench.plan, bench.data[0]
+  config = bench.config
   started = time.monotonic()
-  failed = [
-    {"unit": path.parent.name, "reason": json.loads(path.read_text())["reason"]}
-    for path in sorted((bench.path / "units").glob("*/failed.json"))
-  ]
   rows = [
-    row for row in rows if all(bench.state(u) == "done" for u in row.units)
+    row for row in rows if all(bench.kept.state(u) == "done" for u in row.units)
   ]
+  searched, measurements = _searched(bench, search)
+  table, of_table = _table(bench, rows)
+  measurements += of_table
+  compared = [
+    row
+    for row in rows
+    if row.chosen or row.method == "ftl" and row.weights == bench.began_with
+  ]
+  evaluations = {row.name: bench.evaluated(row) for row in compared}
   chosen = next(row for row in rows if row.chosen)
-  measurements, searched, table = [], [], []
+  evaluated = evaluations[chosen.name]
+  exported = _export(bench, chosen, evaluated)
+  unreadable = _unreadable(bench)
+  if unreadable:
+    pipeline.write_failures(
+      bench.path / "failures.csv", sorted(unreadable.items())
+    )
+  of_auroc = next(row for row in table if row["chosen"])["test"]["auroc"]
+  records = [of for (of,) in bench.kept.records("done.json").values()]
+  read, notes = _read(bench, unreadable)
+  summary = {
+    **_settings(bench),
+    **read,
+    "cut": bench.choose(search, "ttl").cut,
+    "taps": sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
+    "notes": [*notes, *trial.doubts(of_auroc["mean"], of_auroc["low"])],
+    "search": searched,
+    "table": table,
+    "unfinished": {
+      "trainings": len(records),
+      "at_last_epoch": sum(r["best_epoch"] == config.epochs for r in records),
+    },
+    "learning": [
+      {
+        "name": row.name,
+        "epochs": [
+          [files.finite(r) for r in bench.epochs(u)] for u in row.units
+        ],
+      }
+      for row in compared
+    ],
+    "exported": exported,
+    "confusion": evaluated["confusion"],
+    "reliability": evaluated["reliability"],
+    "temperature": evaluated["temperature"],
+    "curves": [
+      {"name": name, **one["curves"]} for name, one in evaluations.items()
+    ],
+    "failed": [
+      {"unit": name, "reason": record["reason"]}
+      for name, (record,) in bench.kept.records("failed.json").items()
+    ],
+    "failures": len(unreadable),
+    "seconds": {
+      "training": sum(record["seconds"] for record in records),
+      "evaluating": time.monotonic() - started,
+    },
+    "run": begun,
+  }
+  return {
+    "job": "truncate",
+    "summary": {"sentence": sentences.of_truncate(summary), **summary},
+    "measurements": measurements,
+  }
+
+
+def _settings(bench: "_Bench") -> dict[str, Any]:
+  """Returns what the summary says of how it was done."""
+  config, plan, source = bench.config, bench.plan, bench.source
+  metric = tables.metric_name(config.metric)
+  units = "images" if bench.data[0].examples.groups is None else "groups"
+  drawn = ", each fold's drawn on their own" if config.folds else ""
+  halving = None
+  if config.halving:
+    halving = (
+      f"Successive halving, {config.halving} x: the worse half of each"
+      " method's cuts was dropped before the last epoch."
+    )
+  return {
+    "rule": (
+      f"Of the cuts whose mean validation {metric} is within"
+      f" {config.tolerance:g} of the best, the shallowest; every training"
+      " keeps its best epoch by validation"
+      f" {tables.metric_name(config.epoch_metric)}. The test"
+      " split was read once, after everything was chosen."
+    ),
+    "metric": config.metric,
+    "epoch_metric": config.epoch_metric,
+    "network": plan.network,
+    "whole": plan.network + (f" up to {plan.until}" if plan.until else ""),
+    "weights": source.label,
+    "data": config.data.source,
+    "classes": bench.data[0].names,
+    "many_labels": config.many_labels,
+    "prevalence": config.prevalence or None,
+    "image_size": config.data.image_size,
+    "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
+    "repeats": bench.repeated,
+    "tolerance": config.tolerance,
+    "halving": halving,
+    "interval": (
+      f"95 % percentile bootstrap over the {units} of the split{drawn},"
+      f" {config.resamples:,} resamples, of the mean over {bench.repeated}"
+    ),
+    "normalisation": {"mean": list(source.mean), "std": list(source.std)},
+    "weights_sha256": source.sha256,
+  }
+
+
+def _read(
+  bench: "_Bench", unreadable: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns how many images and groups were read, and the notes on them."""
+  data = bench.data[0]
+  divisions = [one.rows for one in bench.divisions]
+  names = data.examples.names
+  read = [splitting.readable(rows, names, unreadable) for rows in divisions]
+  counted = read[0]
+  if bench.config.folds:
+    tested = np.concatenate([rows["test"] for rows in read])
+    counted = {"each tested once": tested}
+  groups = None
+  if data.examples.groups is not None:
+    groups = {s: len(set(data.groups_of(rows))) for s, rows in counted.items()}
+  notes = splitting.notes_of_read(
+    data.notes,
+    divisions,
+    read,
+    data.examples,
+    every_class=not bench.config.many_labels,
+  )
+  counts = {split: len(rows) for split, rows in counted.items()}
+  return {"rows": counts, "groups": groups}, notes
+
+
+def _searched(
+  bench: "_Bench", search: Sequence[Searched]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Returns what the summary holds of every cut, and its measurements."""
+  config, plan = bench.config, bench.plan
+  searched, measurements = [], []
   final = bench.choose(search, "ttl")
-  labels = {PRETRAINED: bench.source.label, RANDOM: bench.random.label}
   for one in sorted(search, key=lambda s: s.stage):
     units = bench.units(one.method, one.cut)
-    interval = (np.nan, np.nan)
-    if one.stopped is None:
-      interval = bench.scores(units, "val")[config.metric].interval
     params, macs = zoo.count(
       bench.network(units[0]), config.data.image_size, head=True
     )
+    interval = (np.nan, np.nan)
+    if one.stopped is None:
+      tested = bench.tested(units, "val")
+      interval = tested.scores[config.metric].interval
+      measurements += _rows_of(
+        {
+          "network": plan.network,
+          "weights": bench.label(units[0]),
+          "tap": one.cut,
+          "probe": one.method,
+          "split": "val",
+        },
+        config.metric,
+        dataclasses.replace(tested.scores[config.metric], values=one.values),
+        tested.images,
+      )
     searched.append(
       {
         "method": one.method,
@@ -471,239 +477,125 @@ def _report(
         "stopped": one.stopped,
       }
     )
-    if one.stopped:
-      continue
-    of_cut = {
-      "network": plan.network,
-      "weights": labels[units[0].weights],
-      "tap": one.cut,
-      "probe": one.method,
-      "split": "val",
-      "n": bench.images("val"),
-    }
-    measurements.append(tables.row(of_cut, config.metric, one.mean, interval))
-    measurements += [
-      tables.row(of_cut | bench.of_repeat(unit, "val"), config.metric, value)
-      for unit, value in zip(units, one.values, strict=True)
-    ]
-  costs = _costs(bench, rows)
-  for row, of_row in zip(rows, costs, strict=True):
-    unit = row.units[0]
-    records = [bench.read(u, "done.json") for u in row.units]
-    scores = bench.scores(row.units, "test")
-    of_row |= {
+  return searched, measurements
+
+
+def _table(
+  bench: "_Bench", rows: Sequence[Row]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Returns a line for every network that was tested, and its measurements."""
+  read = repeats.read_by_all(
+    [(u.repeat, bench.outputs(u, "test")[0]) for row in rows for u in row.units]
+  )
+  tested = [bench.tested(row.units, "test", read) for row in rows]
+  references = {}
+  for row, of_row in zip(rows, tested, strict=True):
+    if row.chosen:
+      references["chosen"] = of_row
+    if row.method == "ftl" and row.weights == bench.began_with:
+      references["ftl"] = of_row
+  table, measurements = [], []
+  for row, of_row, of_cost in zip(
+    rows, tested, _costs(bench, rows), strict=True
+  ):
+    records = [bench.kept.read(u, "done.json") for u in row.units]
+    values = [_number(r["val"][bench.config.metric]) for r in records]
+    line = {
+      **of_cost,
       "name": row.name,
       "method": row.method,
-      "weights": unit.weights,
-      "cut": unit.cut or None,
-      "words": _words(row),
+      "weights": row.weights,
+      "cut": row.cut or None,
+      "words": row.words,
       "trained_params": records[0]["trained_params"],
       "training_seconds": float(np.mean([r["seconds"] for r in records])),
       "epochs": float(np.mean([r["epoch"] for r in records])),
-      "val": files.finite(
-        float(np.mean([_number(r["val"][config.metric]) for r in records]))
-      ),
-      "test": {name: score.plain() for name, score in scores.items()},
+      "val": files.finite(float(np.mean(values))),
+      "test": {n: scoring.plain(s) for n, s in of_row.scores.items()},
+      "operating": of_row.points,
+      "missed": of_row.missed,
+      "chance": of_row.chance,
+      "tests": 1 if bench.config.folds else len(row.units),
       "chosen": row.chosen,
+      "whole": of_row is references.get("ftl"),
     }
-    table.append(of_row)
-    of_test = {
-      "network": plan.network if unit.cut else row.method,
-      "weights": labels[unit.weights],
-      "tap": unit.cut or None,
+    base = {
+      "network": bench.plan.network if row.cut else row.method,
+      "weights": bench.label(row.units[0]),
+      "tap": row.cut or None,
       "probe": row.method,
-      "split": "test",
-      "n": bench.images("test"),
     }
-    for name, score in scores.items():
-      measurements.append(tables.row(of_test, name, score.mean, score.interval))
-      measurements += [
-        tables.row(of_test | bench.of_repeat(u, "test"), name, value)
-        for u, value in zip(row.units, score.values, strict=True)
-      ]
-    for name in (
-      "params",
-      "macs",
-      "trained_params",
-      "latency_ms",
-      "images_per_second",
-      "training_seconds",
-    ):
-      measurements.append(
-        tables.row(of_test | {"split": None, "n": None}, name, of_row[name])
+    of_test = {**base, "split": "test", "n": of_row.images.distinct}
+    for name, score in of_row.scores.items():
+      measurements += _rows_of(
+        base | {"split": "test"}, name, score, of_row.images
       )
-  compared = [
-    row
-    for row in rows
-    if (row.chosen or row.method == "ftl")
-    and row.units[0].weights == bench.began_with
-  ]
-  evaluations = {row.name: bench.evaluated(row) for row in compared}
-  evaluated = evaluations[chosen.name]
-  exported = _export(bench, chosen, evaluated)
-  unreadable = _unreadable(bench)
-  if unreadable:
-    pipeline.write_failures(
-      bench.path / "failures.csv", sorted(unreadable.items())
-    )
-  of_auroc = next(row for row in table if row["chosen"])["test"]["auroc"]
-  groups = data.examples.groups
-  counted = data.rows
-  if config.folds:
-    counted = {"each tested once": np.arange(len(data.examples.names))}
-  cuts = sorted({s.cut for s in search}, key=plan.places.__getitem__)
-  kind = "fold" if config.folds else "seed"
-  repeats = f"{plan.repeats} {kind}{'s' * (plan.repeats > 1)}"
-  units_of_test = "images" if groups is None else "groups"
-  return {
-    "job": "truncate",
-    "summary": {
-      "sentence": _sentence(bench, table),
-      "rule": (
-        "Of the cuts whose mean validation"
-        f" {tables.metric_name(config.metric)} is within"
-        f" {config.tolerance:g} of the best, the shallowest; every training"
-        " keeps its best epoch by validation"
-        f" {tables.metric_name(config.epoch_metric)}. The test"
-        " split was read once, after everything was chosen."
-      ),
-      "cut": final.cut,
-      "metric": config.metric,
-      "epoch_metric": config.epoch_metric,
-      "network": plan.network,
-      "weights": bench.source.label,
-      "data": config.data.source,
-      "classes": data.names,
-      "taps": cuts,
-      "rows": {split: len(rows) for split, rows in counted.items()},
-      "groups": None
-      if groups is None
-      else {
-        split: len(set(data.groups_of(rows))) for split, rows in counted.items()
-      },
-      "notes": [
-        *data.notes,
-        *trial.doubts(of_auroc["mean"], of_auroc["low"]),
-      ],
-      "image_size": config.data.image_size,
-      "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
-      "repeats": repeats,
-      "tolerance": config.tolerance,
-      "halving": (
-        f"Successive halving, {config.halving} x: the worse half of each"
-        " method's cuts was dropped before the last epoch."
-        if config.halving
-        else None
-      ),
-      "interval": (
-        f"95 % percentile bootstrap over the {units_of_test} of the split,"
-        f" {config.resamples:,} resamples, of the mean over {repeats}"
-      ),
-      "search": searched,
-      "table": table,
-      "learning": [
-        {
-          "name": row.name,
-          "epochs": [
-            [files.finite(r) for r in bench.epochs(u)] for u in row.units
-          ],
+    for key, other in references.items():
+      line[f"against_{key}"] = None
+      if other is not of_row:
+        differences = {
+          name: score.above(other.scores[name])
+          for name, score in of_row.scores.items()
         }
-        for row in compared
-      ],
-      "exported": exported,
-      "confusion": evaluated["confusion"],
-      "reliability": evaluated["reliability"],
-      "temperature": evaluated["temperature"],
-      "curves": [
-        {"name": name, **one["curves"]} for name, one in evaluations.items()
-      ],
-      "failed": failed,
-      "failures": len(unreadable),
-      "normalisation": {
-        "mean": list(bench.source.mean),
-        "std": list(bench.source.std),
-      },
-      "weights_sha256": bench.source.sha256,
-      "seconds": {
-        "training": sum(
-          (json.loads(path.read_text())["seconds"])
-          for path in (bench.path / "units").glob("*/done.json")
-        ),
-        "evaluating": time.monotonic() - started,
-      },
-      "run": begun,
-    },
-    "measurements": measurements,
-  }
+        line[f"against_{key}"] = {
+          name: files.finite(of._asdict()) for name, of in differences.items()
+        }
+        measurements += [
+          tables.row(of_test, f"{name}:against_{key}", of.value, of[1:])
+          for name, of in differences.items()
+        ]
+    measurements += operating.rows(base, of_row.points, range(len(row.units)))
+    measurements += [tables.row(base, name, line[name]) for name in _COSTS]
+    table.append(line)
+  return table, measurements
+
+
+def _rows_of(
+  base: Mapping[str, Any],
+  metric: str,
+  score: evaluation.Score,
+  images: repeats.Images,
+) -> list[dict[str, Any]]:
+  """Returns a row for the mean and one for each repeat."""
+  return [
+    tables.row(
+      {**base, "n": images.distinct}, metric, score.mean, score.interval
+    ),
+    *(
+      tables.row({**base, "seed": repeat, "n": count}, metric, value)
+      for repeat, (count, value) in enumerate(
+        zip(images.of_repeats, score.values, strict=True)
+      )
+    ),
+  ]
 
 
 def _number(value: float | None) -> float:
   return np.nan if value is None else value
 
 
-def _words(row: Row) -> str:
-  words = _WORDS.get(row.method)
-  if words is None:
-    return "a small network, all of it trained"
-  unit = row.units[0]
-  return words.format(cut=unit.cut, weights=unit.weights)
-
-
 def _unreadable(bench: "_Bench") -> dict[str, str]:
   """Returns image -> why it could not be read, of all trainings."""
   found = {}
-  for pattern in ("*/done.json", "*/*_failures.json"):
-    for path in (bench.path / "units").glob(pattern):
-      record = json.loads(path.read_text(encoding="utf-8"))
-      found |= record.get("failures", {})
+  for pattern in ("done.json", "*_failures.json"):
+    for records in bench.kept.records(pattern).values():
+      for record in records:
+        found |= record.get("failures", {})
   return found
 
 
-def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, Any]]:
-  """Measures each row's size, and all rows' speed in turns.
-
-  Rows of one network with different weights have one speed, measured once.
-  """
+def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
   config = bench.config
-  one = parallel.Devices(config.parallel, bench.devices.devices[:1])
-  size = bench.devices.batch_size(config.cost_batch_size)
-  counts, places = [], []
-  known: dict[Any, int] = {}
-  calls: dict[str, list] = {"latency": [], "throughput": []}
-  side = config.data.image_size
-  for row in rows:
-    network = bench.network(row.units[0])
-    counts.append(zoo.count(network, side, head=True))
-    graph, *numbers = steps.take_apart(network)
-    places.append(known.setdefault(graph, len(known)))
-    if places[-1] < len(calls["latency"]):
-      continue
-    forward = steps.make_predict(graph, bench.source.mean, bench.source.std)
-    for kind, devices, images in (
-      ("latency", one, 1),
-      ("throughput", bench.devices, size),
-    ):
-      pixels = np.random.default_rng(config.seed).integers(
-        0, 256, (images, side, side, 3), np.uint8
-      )
-      calls[kind].append(
-        functools.partial(
-          devices.compile(forward),
-          devices.replicate(tuple(numbers)),
-          devices.put(pixels),
-        )
-      )
-  latency = cost.measure_forward(calls["latency"], 1, repeats=30)
-  throughput = cost.measure_forward(calls["throughput"], size)
-  return [
-    {
-      "params": params,
-      "macs": macs,
-      "latency_ms": 1000 / latency[place].median,
-      "images_per_second": throughput[place].median,
-    }
-    for (params, macs), place in zip(counts, places, strict=True)
-  ]
+  return costs.measure(
+    [bench.network(row.units[0]) for row in rows],
+    bench.devices,
+    parallel.Devices(config.parallel, bench.devices.devices[:1]),
+    mean=bench.source.mean,
+    std=bench.source.std,
+    image_size=config.data.image_size,
+    batch_size=bench.devices.batch_size(config.cost_batch_size),
+    seed=config.seed,
+  )
 
 
 def _export(
@@ -717,93 +609,12 @@ def _export(
     bench.path / "export" / "model.safetensors",
     bench.source.card() | trial.card(bench.config, data, evaluated),
   )
-  return {"seed": best.repeat, "cut": best.cut, "val": files.finite(value)}
-
-
-def _sentence(bench: "_Bench", table: Sequence[Mapping[str, Any]]) -> str:
-  plan, metric = bench.plan, bench.config.metric
-  name = plan.network + (f" up to {plan.until}" if plan.until else "")
-  chosen = next(row for row in table if row["chosen"])
-  word = tables.metric_name(metric)
-
-  def said(row: Mapping[str, Any]) -> str:
-    score = row["test"][metric]
-    if score["mean"] is None:
-      return f"an undefined {word}"
-    text = f"{score['mean']:.3f}"
-    if score["low"] is not None:
-      text += f" [{score['low']:.3f}, {score['high']:.3f}]"
-    return f"{text} {word}"
-
-  whole = next(
-    (
-      row
-      for row in table
-      if row["method"] == "ftl" and row["weights"] == bench.began_with
-    ),
-    None,
-  )
-  if chosen is whole:
-    text = f"Do not cut {name}: whole, it gives {said(chosen)}"
-  else:
-    text = (
-      f"Cut {name} after {chosen['cut']}: fine-tuned, it gives {said(chosen)}"
-    )
-    if whole is None:
-      text += "; the whole network could not be trained"
-    else:
-      text += (
-        f" against {said(whole)} for the whole network, with"
-        f" {tables.percent(chosen['params'], whole['params'])} of the"
-        " parameters and"
-        f" {chosen['images_per_second'] / whole['images_per_second']:.1f}x the"
-        " speed"
-      )
-  scored = [
-    row
-    for row in table
-    if not row["chosen"]
-    and row is not whole
-    and row["test"][metric]["mean"] is not None
-  ]
-  if scored:
-    best = max(scored, key=lambda row: row["test"][metric]["mean"])
-    text += (
-      f". The best of the others is {best['name']} from {best['weights']}"
-      f" weights with {said(best)}"
-    )
-  return text + "."
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-  """A metric over the repeats of one row.
-
-  Attributes:
-    values: of each repeat.
-    interval: of their mean.
-  """
-
-  values: tuple[float, ...]
-  interval: tuple[float, float]
-
-  @property
-  def mean(self) -> float:
-    """Over the repeats."""
-    return float(np.mean(self.values))
-
-  def plain(self) -> dict[str, Any]:
-    """Returns it for results.json."""
-    deviation = np.std(self.values, ddof=1) if len(self.values) > 1 else np.nan
-    return files.finite(
-      {
-        "mean": self.mean,
-        "sd": float(deviation),
-        "low": self.interval[0],
-        "high": self.interval[1],
-        "values": [files.finite(value) for value in self.values],
-      }
-    )
+  return {
+    "seed": best.repeat,
+    "cut": best.cut,
+    "val": files.finite(value),
+    "missed": evaluated["missed"],
+  }
 
 
 class _Bench:
@@ -820,6 +631,7 @@ class _Bench:
   ):
     self.config, self.plan, self.devices = config, plan, devices
     self.data, self.source, self.path = data, source, path
+    self.kept = Units(path / "units")
     self.random = dataclasses.replace(
       loading.resolve_weights(plan.network, None),
       mean=source.mean,
@@ -831,12 +643,40 @@ class _Bench:
     """What the units of the search begin with."""
     return RANDOM if self.source.path is None else PRETRAINED
 
+  @property
+  def divisions(self) -> Sequence[trial.Data]:
+    """The folds, or the one division that all seeds share."""
+    return self.data if self.config.folds else self.data[:1]
+
+  @property
+  def repeated(self) -> str:
+    """How often every cut is trained, in words."""
+    kind = "fold" if self.config.folds else "seed"
+    return f"{self.plan.repeats} {kind}{'s' * (self.plan.repeats > 1)}"
+
   def units(self, method: str, cut: str) -> tuple[Unit, ...]:
-    """Returns all repeats of a method at a cut, or of a small network."""
-    weights = self.began_with if cut else RANDOM
-    return tuple(
-      Unit(method, cut, weights, repeat) for repeat in range(self.plan.repeats)
-    )
+    """Returns all repeats of a method at a cut."""
+    return self.plan.units(method, cut, self.began_with)
+
+  def label(self, unit: Unit) -> str:
+    """Returns what the weights that a unit begins with are called."""
+    source = self.source if unit.weights == PRETRAINED else self.random
+    return source.label
+
+  def choose(self, search: Sequence[Searched], method: str) -> Searched | None:
+    """Returns a method's cut by validation alone; None where there is none.
+
+    Raises:
+      RunError: nothing can be chosen of TTL, which the job is about.
+    """
+    found = cuts.choose(self.plan, search, method, self.config.tolerance)
+    if found is None and method == "ttl":
+      raise errors.RunError(
+        f"no cut of {method} has a validation {self.config.metric}; see"
+        f" {self.path / 'units'}: failed.json there says why; remove it to try"
+        " again"
+      )
+    return found
 
   def so_far(self, method: str, cut: str, epochs: int) -> float:
     """Returns the mean validation metric after so many epochs.
@@ -847,22 +687,12 @@ class _Bench:
     values = []
     for unit in self.units(method, cut):
       records = self.epochs(unit)[:epochs]
-      if self.state(unit) == "failed" and len(records) < epochs:
+      if self.kept.state(unit) == "failed" and len(records) < epochs:
         return -np.inf
       best = loop.best_epoch(records, self.config.epoch_metric)
       values.append(_number(records[best - 1]["val"][self.config.metric]))
     mean = float(np.mean(values))
     return mean if np.isfinite(mean) else -np.inf
-
-  def images(self, split: str) -> int:
-    """Returns how many images of a split the mean of all repeats is of."""
-    divisions = self.data if self.config.folds else self.data[:1]
-    return sum(len(data.rows[split]) for data in divisions)
-
-  def of_repeat(self, unit: Unit, split: str) -> dict[str, int]:
-    """Returns what sets a repeat's measurement apart from that of the mean."""
-    rows = self.data[unit.repeat].rows[split]
-    return {"seed": unit.repeat, "n": len(rows)}
 
   def searched(
     self, method: str, stage: str, cut: str, stopped: str | None
@@ -870,44 +700,13 @@ class _Bench:
     """Reads what the trainings of a cut came to."""
     units = self.units(method, cut)
     records = [
-      self.read(unit, "done.json") or self.read(unit, "paused.json")
+      self.kept.read(unit, "done.json") or self.kept.read(unit, "paused.json")
       for unit in units
     ]
     values = tuple(_number(r and r["val"][self.config.metric]) for r in records)
-    if failed := [unit for unit in units if self.state(unit) == "failed"]:
+    if failed := [unit for unit in units if self.kept.state(unit) == "failed"]:
       stopped = f"{len(failed)} of {len(units)} trainings failed"
     return Searched(method, stage, cut, values, stopped)
-
-  def choose(self, search: Sequence[Searched], method: str) -> Searched | None:
-    """Returns a method's cut by validation alone.
-
-    Where a shallower cut is a smaller network, the shallowest of those that
-    are within the tolerance of the best; the best otherwise. None where
-    nothing can be chosen.
-
-    Raises:
-      RunError: nothing can be chosen of TTL, which the job is about.
-    """
-    of = sorted(
-      (s for s in search if s.method == method),
-      key=lambda s: self.plan.places[s.cut],
-    )
-    best = max(of, key=lambda s: s.value)
-    if not np.isfinite(best.value):
-      if method != "ttl":
-        return None
-      raise errors.RunError(
-        f"no cut of {method} has a validation {self.config.metric}; see"
-        f" {self.path / 'units'}: failed.json there says why; remove it to try"
-        " again"
-      )
-    if method not in ("ttl", "fat"):
-      return best
-    good = best.value - self.config.tolerance
-    return next(s for s in of if s.value >= good)
-
-  def directory(self, unit: Unit) -> pathlib.Path:
-    return self.path / "units" / unit.name
 
   def network(self, unit: Unit) -> Network:
     """Makes a unit's network as its training begins."""
@@ -950,51 +749,14 @@ class _Bench:
     training.failures |= _unreadable(self)
     return training
 
-  def read(self, unit: Unit, file: str) -> dict[str, Any] | None:
-    """Returns one of a unit's JSON files, None where it is not there yet."""
-    try:
-      text = (self.directory(unit) / file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-      return None
-    return json.loads(text)
-
-  def state(self, unit: Unit, stop_after: int | None = None) -> str:
-    """Returns "done", "failed", "paused" (late enough) or "open"."""
-    for file in ("done", "failed"):
-      if (self.directory(unit) / f"{file}.json").exists():
-        return file
-    paused = self.read(unit, "paused.json")
-    if paused and stop_after and paused["epoch"] >= stop_after:
-      return "paused"
-    return "open"
-
   def settle(
     self, units: Sequence[Unit], stop_after: int | None = None
   ) -> None:
     """Sees to it that units are trained, here or by another process."""
-    left = list(dict.fromkeys(units))
-    while left:
-      worked = False
-      for unit in list(left):
-        if self.state(unit, stop_after) == "open":
-          path = self.directory(unit) / ".lock"
-          with workdirs.lock(path, wait=False) as taken:
-            if not taken:
-              continue
-            if self.state(unit, stop_after) == "open":
-              self._train(unit, stop_after)
-              worked = True
-        if self.state(unit) == "done":
-          # Most of its bytes, and needed no more.
-          directory = self.directory(unit)
-          shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-          (directory / "paused.json").unlink(missing_ok=True)
-        left.remove(unit)
-      if left and not worked:
-        time.sleep(_LOOK)
+    self.kept.settle(units, self._train, stop_after)
 
   def _train(self, unit: Unit, stop_after: int | None) -> None:
-    directory = self.directory(unit)
+    directory = self.kept.directory(unit)
     journal = workdirs.Workdir(directory, {}, "", hosts.One())
     network = self.network(unit)
     training = self.training(unit, network)
@@ -1043,46 +805,42 @@ class _Bench:
   def trained(self, unit: Unit) -> Network:
     """Returns the network that a finished unit ended with."""
     network = self.network(unit)
-    stored = readers.open_checkpoint(self.directory(unit) / "model.safetensors")
+    stored = readers.open_checkpoint(
+      self.kept.directory(unit) / "model.safetensors"
+    )
     tensors.load(network, {n: tensor.read() for n, tensor in stored.items()})
     return network
 
   def epochs(self, unit: Unit) -> list[dict[str, Any]]:
     """Returns the epochs that a training has behind it."""
-    path = self.directory(unit) / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    # Another process may be writing the last line.
-    *lines, _ = text.split("\n")
-    return loop.epochs_of([json.loads(line) for line in lines])
+    return loop.epochs_of(self.kept.log(unit))
 
-  def scores(self, units: Sequence[Unit], split: str) -> dict[str, Score]:
-    """Returns metric -> what the repeats of a row score on a split."""
-    values, again = [], []
+  def tested(
+    self,
+    units: Sequence[Unit],
+    split: str,
+    only: Mapping[int, np.ndarray] | None = None,
+  ) -> repeats.Tested:
+    """Measures what all repeats of a network are worth on a split.
+
+    Args:
+      units: the repeats.
+      split: "val" or "test".
+      only: repeat -> rows of the split; None for all that were read.
+    """
+    measured = []
     for unit in units:
-      data = self.data[unit.repeat]
       rows, logits = self.outputs(unit, split)
-      labels = data.examples.labels[rows]
-      weights = data.resample(
-        rows, self.config.many_labels, self.config.resamples, self.config.seed
-      )
-      loss = trial.make_loss(self.config, data)
-      of = loss, data.names, labels, logits
-      values.append(scoring.measure(*of).values)
-      again.append(scoring.measure(*of, weights).values)
-    found = {}
-    for metric in classification.METRICS:
-      # The same resamples for all seeds: what is resampled are the patients.
-      low, high = bootstrap.interval(
-        np.mean([one[metric] for one in again], axis=0)
-      )
-      found[metric] = Score(
-        tuple(float(one[metric]) for one in values), (float(low), float(high))
-      )
-    return found
+      if only is not None:
+        kept = np.isin(rows, only[unit.repeat])
+        rows, logits = rows[kept], logits[kept]
+      outputs = {"val": self.outputs(unit, "val"), split: (rows, logits)}
+      measured.append((self.data[unit.repeat], outputs))
+    return repeats.measure(self.config, measured, split)
 
   def best(self, row: Row) -> tuple[Unit, float]:
     """Returns the best of a row's repeats, and its score, by validation."""
-    records = [self.read(unit, "done.json") for unit in row.units]
+    records = [self.kept.read(unit, "done.json") for unit in row.units]
     values = [_number(r["val"][self.config.metric]) for r in records]
     at = int(np.argmax(np.nan_to_num(values, nan=-np.inf)))
     return row.units[at], values[at]
@@ -1101,7 +859,7 @@ class _Bench:
 
   def outputs(self, unit: Unit, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and logits of a split, read once and kept."""
-    path = self.directory(unit) / f"{split}.npz"
+    path = self.kept.directory(unit) / f"{split}.npz"
     if not path.exists():
       network = self.trained(unit)
       training = self.training(unit, network)

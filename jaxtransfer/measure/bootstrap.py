@@ -13,7 +13,7 @@ def resample_weights(
   labels: npt.ArrayLike,
   groups: Sequence[Hashable] | np.ndarray | None,
   resamples: int,
-  seed: int,
+  seed: int | Sequence[int],
 ) -> np.ndarray:
   """Draws whole groups with replacement, as multiplicities of their rows.
 
@@ -30,7 +30,10 @@ def resample_weights(
     labels: (N,) int.
     groups: N names of the groups the rows belong to; None: every row its own.
     resamples: B, how many.
-    seed: decides the draw, together with the labels and groups.
+    seed: decides the draw, together with the labels and groups. Splits that
+      share no patient, as folds do, need one each: with one seed for all, the
+      same places would be drawn in each, and a mean over the splits would vary
+      as if their patients were the same.
 
   Returns:
     (B, N) of the smallest unsigned type that holds them: how often row n is

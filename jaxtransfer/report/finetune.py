@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from jaxtransfer.report import figures, fonts, tables
+from jaxtransfer.report import figures, fonts, operating, tables
 from jaxtransfer.report.markup import Content, Html, Picture, Section
 from jaxtransfer.report.tables import Measurements
 
@@ -107,6 +107,10 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
         confusion_key(summary),
         _class_table(summary, measurements),
       ],
+    ),
+    Section(
+      "At a threshold",
+      [operating.table(summary, [("", summary.get("operating") or ())])],
     ),
     Section(
       "What its probabilities mean",

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxtransfer.report import figures, finetune, tables
+from jaxtransfer.report import figures, finetune, operating, tables
 from jaxtransfer.report.figures import Mark
 from jaxtransfer.report.markup import Content, Html, Picture, Section, join, tag
 from jaxtransfer.report.tables import Measurements, Series
@@ -126,6 +126,19 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           confusion_caption + exported,
         ),
         finetune.confusion_key(summary),
+      ],
+    ),
+    Section(
+      "At a threshold",
+      [
+        operating.table(
+          summary,
+          [
+            (_name(row), row.get("operating") or ())
+            for row in summary.get("table") or ()
+            if row.get("chosen") or row.get("whole")
+          ],
+        )
       ],
     ),
     Section(
@@ -465,6 +478,7 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
       [
         _named(item),
         *(_mean_and_spread(_tested(item, name)) for name in ("auroc", "auprc")),
+        _difference(item, summary),
         tables.with_note(
           _mean(item, "accuracy"),
           f"balanced {_mean(item, 'balanced_accuracy')}",
@@ -491,6 +505,7 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     "network",
     "test AUROC",
     "test AUPRC",
+    f"test {_metric(summary)} above the whole network's",
     "test accuracy",
     f"validation {_metric(summary)}",
     "parameters",
@@ -510,6 +525,12 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
   elif repeats := summary.get("repeats"):
     words += f" ± standard deviation over {repeats}"
   words += ", 95 % intervals in brackets. Training: mean of one run."
+  if any(row.get("against_ftl") for row in items):
+    words += (
+      " Differences from the whole network are paired, of the same images in"
+      " the same resamples: where an interval holds zero, the data cannot tell"
+      " the two apart."
+    )
   if whole:
     words += " Percentages compare MACs with the whole network."
   return tables.table(
@@ -532,6 +553,13 @@ def _named(item: Mapping[str, Any]) -> Html:
 
 def _mean(item: Mapping[str, Any], metric: str) -> str:
   return tables.score(tables.finite(_tested(item, metric).get("mean")))
+
+
+def _difference(item: Mapping[str, Any], summary: Mapping[str, Any]) -> Html:
+  """Returns a cell: what a network scores above the whole one, paired."""
+  of = (item.get("against_ftl") or {}).get(summary.get("metric")) or {}
+  numbers = (tables.finite(of.get(key)) for key in ("value", "low", "high"))
+  return tables.with_interval(*numbers, signed=True)
 
 
 def _mean_and_spread(tested: Mapping[str, Any]) -> Html:

@@ -2,12 +2,20 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import ml_collections
 import numpy as np
 from scipy import special
 
-from jaxtransfer import errors
-from jaxtransfer.measure import calibration, classification
+from jaxtransfer import errors, files
+from jaxtransfer.measure import (
+  calibration,
+  classification,
+  evaluation,
+  operating,
+)
 from jaxtransfer.training import steps
 
 # Per class they are one-vs-rest; a class's accuracy would say little.
@@ -132,6 +140,180 @@ def decisions(
   known = ~np.isnan(targets)
   chosen = logits[known]
   return targets[known].astype(int), np.stack([0 * chosen, chosen], 1)
+
+
+def images(
+  loss: steps.Loss, names: list[str], labels: np.ndarray, metric: str = ""
+) -> int:
+  """Returns how many images a metric of `measure` is of.
+
+  Args:
+    loss: whose targets the labels are rows of.
+    names: of the C classes.
+    labels: (N,) int32.
+    metric: of all, or with ":<class>" of one, whose label may be unknown.
+  """
+  known = ~np.isnan(loss.targets[labels])
+  name = metric.partition(":")[2]
+  return int((known[:, names.index(name)] if name else known.any(1)).sum())
+
+
+def plain(score: evaluation.Score) -> dict[str, Any]:
+  """Returns a score over repeats as results.json holds it."""
+  low, high = score.interval
+  return files.finite(
+    {
+      "mean": score.mean,
+      "sd": score.deviation,
+      "low": low,
+      "high": high,
+      "values": [files.finite(value) for value in score.values],
+    }
+  )
+
+
+def positives(config: ml_collections.ConfigDict, names: list[str]) -> list[int]:
+  """Returns the classes that thresholds are for, each against the rest.
+
+  Of two classes that exclude each other one is enough: the other's sensitivity
+  is its specificity.
+
+  Args:
+    config: of it `positive`, `prevalence` and `many_labels`.
+    names: of the classes.
+
+  Raises:
+    UsageError: `positive` is no class, or it is not said whose `prevalence`
+      it is.
+  """
+  if config.positive:
+    if config.positive not in names:
+      raise errors.UsageError(
+        f"config.positive is {config.positive!r}; it is one of"
+        f" {', '.join(names)}"
+      )
+    return [names.index(config.positive)]
+  if len(names) == 2 and not config.many_labels:
+    return [1]
+  if config.prevalence and len(names) > 1:
+    raise errors.UsageError(
+      f"config.prevalence is {config.prevalence:g}, but there are {len(names)}"
+      " classes; name the one whose it is: --config.positive="
+      f"{names[-1]!r}"
+    )
+  return list(range(len(names) if len(names) <= _MOST_CLASSES else 0))
+
+
+def operate(
+  config: ml_collections.ConfigDict,
+  loss: steps.Loss,
+  names: list[str],
+  outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  temperature: float,
+  weights: np.ndarray | None = None,
+) -> dict[str, list[operating.Point]]:
+  """Chooses thresholds on validation and measures them on the test split.
+
+  Args:
+    config: of it the keys of `positives`, and `sensitivities`.
+    loss: what training made small.
+    names: of the C classes.
+    outputs: of "val" and "test", (N,) labels and (N, C) logits.
+    temperature: of the probabilities that the thresholds are of.
+    weights: (R, N), how often a test image counts in each of R resamples.
+
+  Returns:
+    class -> its points.
+  """
+  points = evaluation.operating_points(
+    {split: loss.targets[labels] for split, (labels, _) in outputs.items()},
+    {split: logits for split, (_, logits) in outputs.items()},
+    positives(config, names),
+    many=loss.many,
+    temperature=temperature,
+    sensitivities=config.sensitivities,
+    prevalence=config.prevalence or None,
+    weights=weights,
+  )
+  return {names[c]: of_class for c, of_class in points.items()}
+
+
+def join_points(
+  repeats: Sequence[Mapping[str, Sequence[operating.Point]]],
+  disjoint: bool = False,
+) -> list[dict[str, Any]]:
+  """Returns the points of repeated trainings as results.json holds them.
+
+  Each repeat has thresholds of its own; what they do is averaged.
+
+  Args:
+    repeats: of each, as `operate` returns it, with resamples.
+    disjoint: whether each repeat tests other images, as folds do.
+  """
+  joined = []
+  for name in repeats[0]:
+    for points in zip(*(of[name] for of in repeats), strict=True):
+      images = np.array([point.images for point in points])
+      joined.append(
+        {
+          "class": name,
+          "rule": points[0].rule,
+          "words": operating.rule_words(points[0].rule),
+          "thresholds": [files.finite(p.threshold) for p in points],
+          "val": {
+            key: files.finite(
+              float(np.mean([getattr(p.chosen_on, key) for p in points]))
+            )
+            for key in operating.Rates._fields
+          },
+          "test": {
+            key: plain(
+              evaluation.score(
+                [p.values[key] for p in points],
+                [p.resampled[key] for p in points],
+              )
+            )
+            for key in points[0].values
+          },
+          "images": (images.sum(0) if disjoint else images[0]).tolist(),
+        }
+      )
+  return joined
+
+
+def missed(
+  loss: steps.Loss, names: list[str], labels: np.ndarray, logits: np.ndarray
+) -> list[dict[str, Any]]:
+  """Returns the classes of which hardly an image is found.
+
+  Args:
+    loss: whose targets the labels are rows of.
+    names: of the C classes.
+    labels: (N,) int32; of several repeats, all of them.
+    logits: (N, C).
+
+  Returns:
+    Of each "class", "images", "found", and of the wrong answer that is most
+    frequent, "instead" and "taken". With several labels "class" is the label,
+    and "instead" whether it was called there where it is not.
+  """
+  if not loss.many:
+    found = evaluation.hardly_found(labels, logits.argmax(1), len(names))
+    return [
+      {**m._asdict(), "class": names[m.label], "instead": names[m.instead]}
+      for m in found
+    ]
+  targets = loss.targets[labels]
+  several = []
+  for name, truth, logit in zip(names, targets.T, logits.T, strict=True):
+    known = ~np.isnan(truth)
+    several += [
+      {**m._asdict(), "class": name, "instead": bool(m.instead)}
+      for m in evaluation.hardly_found(
+        truth[known].astype(int), (logit[known] > 0).astype(int), 2
+      )
+    ]
+  return several
 
 
 def _of_one_label(

@@ -19,7 +19,7 @@ from jaxtransfer.data import images as imaging
 from jaxtransfer.data import labels as labelling
 from jaxtransfer.data import pipeline, sources
 from jaxtransfer.data import splits as splitting
-from jaxtransfer.measure import bootstrap, calibration, curves
+from jaxtransfer.measure import bootstrap, calibration, curves, evaluation
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import augment, loop, optimisers, scoring, steps
 
@@ -39,6 +39,8 @@ class Data:
     names: of what is predicted.
     targets: (labels, C) float32, as `data.labels.read_targets` returns them.
     notes: what the user should know, a line each.
+    fold: which of the divisions of a cross-validation it is; None where there
+      is one division.
   """
 
   examples: sources.Examples
@@ -46,6 +48,7 @@ class Data:
   names: list[str]
   targets: np.ndarray
   notes: list[str]
+  fold: int | None = None
 
   def groups_of(self, rows: np.ndarray) -> list[str] | None:
     """Returns the groups of some rows, None where none are known."""
@@ -63,14 +66,15 @@ class Data:
         then not stratified: a label of the source is a combination, and the
         only group with a rare one would be in every resample.
       resamples: R.
-      seed: decides the draw.
+      seed: decides the draw, together with the fold: every fold tests other
+        patients, and is drawn on its own.
     """
     labels = self.examples.labels[rows]
     return bootstrap.resample_weights(
       np.zeros_like(labels) if many_labels else labels,
       self.groups_of(rows),
       resamples,
-      seed,
+      seed if self.fold is None else (seed, self.fold),
     )
 
 
@@ -93,8 +97,8 @@ def open_data(
   )
   if len(divided["train"]) < config.batch_size:
     notes.append(
-      f"The train split holds {len(divided['train'])} images, fewer than"
-      f" config.batch_size, {config.batch_size}: every epoch is one step."
+      "The train split holds fewer images than config.batch_size,"
+      f" {config.batch_size}: every epoch is one step."
     )
   if config.many_labels:
     of_split = {s: targets[examples.labels[r]] for s, r in divided.items()}
@@ -149,6 +153,7 @@ def open_labelled(
       f"{config.data.source} has {len(names)} classes; this needs two, or one"
       " with config.many_labels"
     )
+  scoring.positives(config, names)
   return examples, names, targets
 
 
@@ -169,6 +174,7 @@ class Trial:
       config's by default.
 
   Attributes:
+    config: as given.
     loss: what is made small.
     steps: of the whole training.
     failures: image -> why it could not be read, of all splits read so far.
@@ -191,7 +197,7 @@ class Trial:
     frozen: int = 0,
     backbone: float | None = None,
   ):
-    self._config = config
+    self.config = config
     self._data = data
     self._network = network
     self._devices = devices
@@ -322,7 +328,7 @@ class Trial:
 
   def _batches(self, split: str) -> "_Reported":
     return _Reported(
-      self._config, self._data, split, self._devices, self.failures
+      self.config, self._data, split, self._devices, self.failures
     )
 
 
@@ -341,6 +347,9 @@ def check(config: ml_collections.ConfigDict, devices: parallel.Devices) -> None:
   )
   for key in ("resamples", "epochs", "accumulate"):
     optimisers.check_range(key, config[key], least=1)
+  optimisers.check_range("prevalence", config.prevalence, least=0, below=1)
+  for share in config.sensitivities:
+    optimisers.check_range("sensitivities", share, above=0, most=1)
   optimiser = optimisers.Optimiser(**config.optimiser)
   if optimisers.Schedule(**config.schedule).ended(optimiser.learning_rate, []):
     raise errors.UsageError(
@@ -432,12 +441,15 @@ def evaluate(
 
   Returns:
     temperature; rows: (split, metric, value, interval or None, images);
-    confusion: (C, C) or None; reliability and curves: of the test split.
+    of the test split confusion: (C, C) or None; missed, operating: as
+    `scoring.missed` and `join_points` return them; chance: the balanced
+    accuracy of guessing; reliability and curves.
   """
   loss = trial.loss
   labels = {s: data.examples.labels[rows] for s, (rows, _) in outputs.items()}
+  labelled = {s: (labels[s], logits) for s, (_, logits) in outputs.items()}
   temperature = calibration.fit_temperature(
-    *scoring.decisions(loss, labels["val"], outputs["val"][1])
+    *scoring.decisions(loss, *labelled["val"])
   )
   test_rows, test_logits = outputs["test"]
   weights = data.resample(test_rows, loss.many, resamples, seed)
@@ -460,7 +472,11 @@ def evaluate(
       interval = None
       if name in flat_again:
         interval = bootstrap.interval(flat_again[name])
-      rows.append((split, name + suffix, value, interval, len(logits)))
+      count = scoring.images(loss, data.names, labels[split], name)
+      rows.append((split, name + suffix, value, interval, count))
+  points = scoring.operate(
+    trial.config, loss, data.names, labelled, temperature, weights
+  )
   confusion = None
   if not loss.many and len(data.names) <= _MOST_CONFUSED:
     table = np.zeros((len(data.names),) * 2, int)
@@ -471,6 +487,9 @@ def evaluate(
     "temperature": temperature,
     "rows": rows,
     "confusion": confusion,
+    "missed": scoring.missed(loss, data.names, *labelled["test"]),
+    "chance": evaluation.chance(loss.targets[labels["test"]], many=loss.many),
+    "operating": scoring.join_points([points]),
     "curves": curves.curves(
       loss.targets[labels["test"]],
       test_logits,
@@ -530,6 +549,7 @@ def card(
     data: its images.
     evaluated: as `evaluate` returns it.
   """
+  activation = "sigmoid" if config.many_labels else "softmax"
   return {
     "head": config.network.head,
     "classes": data.names,
@@ -540,5 +560,27 @@ def card(
     "metrics": {
       f"{split}:{metric}": files.finite(value)
       for split, metric, value, _, _ in evaluated["rows"]
+    },
+    "operating_points": {
+      "meaning": (
+        "An image is called of the class where the probability of this class,"
+        f" {activation}(logits / temperature), is at or above the threshold."
+        " Thresholds were chosen on the validation split and measured on the"
+        " test split."
+      ),
+      "prevalence": config.prevalence or None,
+      "points": [
+        {
+          "class": point["class"],
+          "rule": point["words"],
+          "threshold": point["thresholds"][0],
+          "val": point["val"],
+          "test": {
+            key: {"value": of["mean"], "low": of["low"], "high": of["high"]}
+            for key, of in point["test"].items()
+          },
+        }
+        for point in evaluated["operating"]
+      ],
     },
   }

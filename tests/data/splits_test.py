@@ -340,3 +340,42 @@ def test_stored_folds_are_read_back_and_checked(tmp_path):
   stored_splits.save_splits(path, joined, examples)
   with pytest.raises(UsageError, match="train and test"):
     splits.divide_folds(config, examples, path)
+
+
+class _Source:
+  """What notes are made from."""
+
+  def __init__(self, labels, groups, classes):
+    self.labels, self.groups, self.classes = labels, groups, classes
+    self.names = [f"{i}.png" for i in range(len(labels))]
+
+
+def test_what_could_not_be_read_is_not_counted():
+  """By name, in every split; an image that stands twice is gone twice."""
+  rows = {"train": np.array([0, 3]), "val": np.array([1]), "test": np.arange(3)}
+  names = ["a", "b", "c", "a"]
+  read = splits.readable(rows, names, {"a": "cut short"})
+  assert {split: r.tolist() for split, r in read.items()} == {
+    "train": [],
+    "val": [1],
+    "test": [1, 2],
+  }
+  assert all(r.dtype == np.int64 for r in read.values())
+
+
+def test_notes_on_a_split_are_of_what_was_read():
+  """Three of twenty-one groups gone: what was no matter is one now. A class
+  whose images are all gone is named, and other notes stay."""
+  labels = np.array([0] * 40 + [1] * 2)
+  groups = [str(i // 2) for i in range(42)]
+  source = _Source(labels, groups, ["a", "b"])
+  everything = {s: np.arange(42) for s in ("train", "val", "test")}
+  assert splits.rough(everything, groups) == []
+  gone = {f"{i}.png": "" for i in range(36, 42)}
+  read = splits.readable(everything, source.names, gone)
+  notes = splits.notes_of_read(["another"], [everything], [read], source)
+  assert notes[0] == "another"
+  assert sum("36 images of 18 groups" in note for note in notes) == 2
+  assert sum("no image of 1 of 2 classes: b" in note for note in notes) == 3
+  again = splits.notes_of_read(notes, [read], [read], source)
+  assert again == notes

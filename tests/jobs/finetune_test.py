@@ -249,6 +249,33 @@ def test_what_a_run_leaves(finished):
   assert len(results["summary"]["epochs"]) == 4
 
 
+def test_thresholds_and_doubts_stand_in_all_that_is_left(finished):
+  """Sensitivity and specificity in the rows, on the page and in the card; the
+  positive class by its name."""
+  results = json.loads((finished / "results.json").read_text())
+  summary = results["summary"]
+  found = {
+    (row["split"], row["metric"]): row for row in results["measurements"]
+  }
+  rules = ("youden", "sensitivity_0.9", "sensitivity_0.95")
+  for rule in rules:
+    assert found["val", f"threshold@{rule}:class 1"]["value"] is not None
+    row = found["test", f"sensitivity@{rule}:class 1"]
+    assert row["low"] <= row["value"] <= row["high"]
+    table = np.array(summary["confusion"])
+    assert row["n"] == table[1].sum()
+    assert found["test", f"specificity@{rule}:class 1"]["n"] == table[0].sum()
+  card = json.loads((finished / "export" / "model.json").read_text())
+  points = card["operating_points"]["points"]
+  assert {point["class"] for point in points} == {"class 1"}
+  assert len(points) == len(rules)
+  text = (finished / "report.html").read_text()
+  assert "At a threshold" in text
+  assert "Positive is class 1, negative class 0." in text
+  late = summary["best_epoch"] == 4
+  assert ("more epochs would help" in summary["sentence"]) == late
+
+
 def test_the_export_is_the_network_that_was_measured(finished, source):
   """Loaded back by name, cut and head, its decisions on the test split are
   those of the table of confusions."""
@@ -345,6 +372,9 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
     ({"seed": -1}, "config.seed is -1"),
     ({"data.workers": -1}, "config.data.workers is -1"),
     ({"accumulate": 0}, "config.accumulate is 0"),
+    ({"sensitivities": (0.9, 95.0)}, "config.sensitivities is 95"),
+    ({"prevalence": 1.0}, "config.prevalence is 1"),
+    ({"positive": "cancer"}, "config.positive is 'cancer'"),
     ({"checkpoint_steps": 0}, "config.checkpoint_steps"),
     ({"data.split_fractions": (0.8, 0.2, 0.0)}, "the test split of"),
   ],
@@ -412,6 +442,16 @@ def test_unreadable_images_are_listed_and_limited(source, tmp_path):
   assert _run(config, tmp_path / "run") == 1
   listed = (tmp_path / "run" / "failures.csv").read_text()
   assert "broken0.png" in listed and "broken41.png" in listed
+  # What is counted is what was read: of images, of patients, and in words.
+  planned = json.loads((tmp_path / "run" / "splits.json").read_text())
+  summary = json.loads((tmp_path / "run" / "results.json").read_text())[
+    "summary"
+  ]
+  for split, count in summary["rows"].items():
+    assert count == len(set(planned[split]) - {0, 41})
+  assert sum(summary["rows"].values()) == 78
+  said = f"The test split holds {summary['rows']['test']} images of"
+  assert any(note.startswith(said) for note in summary["notes"])
   config.data.max_failures = 0.0
   with pytest.raises(errors.RunError, match="broken"):
     _run(config, tmp_path / "strict")

@@ -12,11 +12,13 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from scipy import special
 
 from jaxtransfer import errors, workdir
 from jaxtransfer.data import images as imaging
 from jaxtransfer.data import preprocess, sources
 from jaxtransfer.jobs import truncate
+from jaxtransfer.measure import bootstrap, classification
 from jaxtransfer.networks import zoo
 from jaxtransfer.weights import loading
 from tests.jobs import configs
@@ -121,6 +123,101 @@ def test_what_a_run_leaves(finished):
   assert {"auroc", "auprc"} <= read
   # A checkpoint is three times a network; none is left.
   assert not list(finished.glob("units/*/checkpoints"))
+
+
+def _logits(path, unit, split="test"):
+  with np.load(path / "units" / unit / f"{split}.npz") as stored:
+    return stored["rows"], stored["logits"].astype(float)
+
+
+def _resampled(path, source, units, metric="auroc", folds=False):
+  """Returns a row's resampled metric, from what its units left."""
+  examples = sources.open_source(_config(source).data)
+  found = []
+  for repeat, unit in enumerate(units):
+    rows, logits = _logits(path, unit)
+    labels = examples.labels[rows]
+    groups = [examples.groups[r] for r in rows]
+    seed = (0, repeat) if folds else 0
+    weights = bootstrap.resample_weights(labels, groups, 20, seed)
+    scores = special.softmax(logits, axis=1)
+    found.append(classification.METRICS[metric](labels, scores, weights))
+  return np.mean(found, axis=0)
+
+
+@pytest.mark.parametrize("metric", ["auroc", "accuracy"])
+def test_what_the_sentence_compares_is_paired(finished, source, metric):
+  """The interval of the difference is that of differences in the same
+  resamples, recomputed from the logits that the trainings left."""
+  results = _results(finished)
+  table = results["summary"]["table"]
+  whole = next(row for row in table if row["whole"])
+  assert whole["cut"] == "block4" and whole["against_ftl"] is None
+  of_whole = _resampled(
+    finished, source, [f"ttl-block4-random-{i}" for i in range(2)], metric
+  )
+  rows = {
+    (row["probe"], row["tap"]): row
+    for row in results["measurements"]
+    if row["metric"] == f"{metric}:against_ftl"
+  }
+  others = [row for row in table if not row["whole"]]
+  assert others and len(rows) == len(others)
+  for row in others:
+    units = [f"{row['method']}-{row['cut']}-random-{i}" for i in range(2)]
+    again = _resampled(finished, source, units, metric) - of_whole
+    difference = row["test"][metric]["mean"] - whole["test"][metric]["mean"]
+    found = list(row["against_ftl"][metric].values())
+    np.testing.assert_allclose(
+      found, [difference, *bootstrap.interval(again)], atol=1e-12
+    )
+    said = rows[row["method"], row["cut"]]
+    assert [said[key] for key in ("value", "low", "high")] == found
+  chosen = next(row for row in table if row["chosen"])
+  assert chosen["against_chosen"] is None
+  assert all(r["against_chosen"] for r in table if r is not chosen)
+
+
+def test_trainings_that_ended_early_are_counted_and_said(finished):
+  summary = _results(finished)["summary"]
+  records = [
+    json.loads(path.read_text()) for path in finished.glob("units/*/done.json")
+  ]
+  late = sum(record["best_epoch"] == 2 for record in records)
+  assert summary["unfinished"] == {
+    "trainings": len(records),
+    "at_last_epoch": late,
+  }
+  said = f"{late} of {len(records)} trainings had their best epoch at the last"
+  assert (said in summary["sentence"]) == (late > 0)
+  assert summary["sentence"].count(". ") <= 3
+
+
+def test_thresholds_are_chosen_by_every_training_on_its_validation(
+  finished, source
+):
+  """Their sensitivities are averaged; the exported network's own thresholds
+  stand in its card."""
+  results = _results(finished)
+  table = results["summary"]["table"]
+  chosen = next(row for row in table if row["chosen"])
+  youden = chosen["operating"][0]
+  assert (youden["class"], youden["rule"]) == ("class 1", "youden")
+  assert len(youden["thresholds"]) == 2
+  seed = results["summary"]["exported"]["seed"]
+  card = json.loads((finished / "export" / "model.json").read_text())
+  point = card["operating_points"]["points"][0]
+  assert point["threshold"] == pytest.approx(youden["thresholds"][seed])
+  values = youden["test"]["sensitivity"]["values"]
+  assert point["test"]["sensitivity"]["value"] == pytest.approx(values[seed])
+  (row,) = [
+    row
+    for row in results["measurements"]
+    if row["metric"] == "sensitivity@youden:class 1"
+    and (row["probe"], row["tap"]) == (chosen["method"], chosen["cut"])
+  ]
+  assert row["value"] == pytest.approx(np.mean(values)) and row["n"] > 0
+  assert "At a threshold" in (finished / "report.html").read_text()
 
 
 def test_the_export_is_the_network_that_was_measured(finished, source):
@@ -234,6 +331,13 @@ def test_every_image_is_tested_once_by_folds(source, tmp_path):
     if row["metric"] == "auroc" and row["split"] == "test"
   }
   assert counts == {None: 80, **{i: len(of) for i, of in enumerate(rows)}}
+  # Each fold has patients of its own, and is drawn on its own.
+  units = [f"ttl-block4-random-{i}" for i in range(3)]
+  again = _resampled(path, source, units, folds=True)
+  whole = next(r for r in results["summary"]["table"] if r["whole"])
+  low, high = bootstrap.interval(again)
+  assert whole["test"]["auroc"]["low"] == pytest.approx(low)
+  assert whole["test"]["auroc"]["high"] == pytest.approx(high)
 
 
 def _fail(path, unit):
@@ -352,6 +456,15 @@ def test_unreadable_images_are_listed_whatever_split_they_are_in(
   listed = list(csv.reader((tmp_path / "run" / "failures.csv").open()))[1:]
   names = sorted(pathlib.Path(line[0]).name for line in listed)
   assert names == sorted(f"broken{i}.png" for i in range(0, 80, 13))
+  results = _results(tmp_path / "run")
+  planned = json.loads((tmp_path / "run" / "splits.json").read_text())
+  broken = set(range(0, 80, 13))
+  read = {s: len(set(planned[s]) - broken) for s in ("train", "val", "test")}
+  assert results["summary"]["rows"] == read
+  scored = [r for r in results["measurements"] if r["metric"] == "auroc"]
+  assert scored and all(row["n"] == read[row["split"]] for row in scored)
+  said = f"The test split holds {read['test']} images of"
+  assert any(note.startswith(said) for note in results["summary"]["notes"])
 
 
 def test_a_diverged_training_fails_alone(source, tmp_path):
@@ -481,6 +594,8 @@ def test_methods_train_what_they_say(source):
     ({"metric": "loss"}, "config.metric"),
     ({"folds": 2}, "config.folds"),
     ({"halving": -1}, "config.halving"),
+    ({"halving": 2}, "4 epochs or more"),
+    ({"halving": 9, "epochs": 500}, "512 epochs or more"),
     ({"network.until": "block1"}, "block2"),
     ({"taps": "block9"}, "block9"),
     ({"taps": "block4"}, "--config.methods=ttl"),

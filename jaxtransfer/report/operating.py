@@ -1,0 +1,140 @@
+"""Sensitivity and specificity at thresholds: their rows and their table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtransfer.report import tables
+from jaxtransfer.report.markup import Html
+
+_QUANTITIES = {
+  "sensitivity": "sensitivity",
+  "specificity": "specificity",
+  "ppv": "positive predictive value",
+  "npv": "negative predictive value",
+}
+
+
+def rows(
+  base: Mapping[str, Any],
+  points: Sequence[Mapping[str, Any]],
+  seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+  """Returns the rows of results.json that say what happens at thresholds.
+
+  Args:
+    base: what is said of the network in the other columns.
+    points: as the summary holds them.
+    seeds: of each repeat, whose thresholds are rows of their own.
+  """
+  found = []
+  for point in points:
+    of = f"@{point['rule']}:{point['class']}"
+    counts = dict(zip(_QUANTITIES, point["images"], strict=False))
+    for seed, threshold in zip(seeds, point["thresholds"], strict=True):
+      chosen = {**base, "split": "val", "n": None, "seed": seed}
+      value = tables.finite(threshold)
+      found.append(tables.row(chosen, f"threshold{of}", value))
+    for name, score in point["test"].items():
+      said = {**base, "split": "test"}
+      said["n"] = counts.get(name, sum(point["images"]))
+      numbers = [tables.finite(score[key]) for key in ("mean", "low", "high")]
+      found.append(tables.row(said, name + of, numbers[0], numbers[1:]))
+  return found
+
+
+def table(
+  summary: Mapping[str, Any],
+  networks: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+) -> Html | None:
+  """Returns what networks do at thresholds, a row for each.
+
+  Args:
+    summary: the job's summary, of it "classes", "many_labels", "prevalence"
+      and "interval".
+    networks: a name and the points of each; one alone needs no name.
+
+  Returns:
+    The table, or None without a point.
+  """
+  networks = [(name, points) for name, points in networks if points]
+  if not networks:
+    return None
+  every = [point for _, points in networks for point in points]
+  quantities = [
+    name
+    for name in _QUANTITIES
+    if any(name in (p.get("test") or {}) for p in every)
+  ]
+  lines = [
+    [
+      *([tables.shorten(name)] if len(networks) > 1 else []),
+      tables.shorten(str(point.get("class"))),
+      str(point.get("words") or tables.ABSENT),
+      ", ".join(
+        tables.score(tables.finite(t)) for t in point.get("thresholds") or ()
+      )
+      or tables.ABSENT,
+      *(_cell(point, name) for name in quantities),
+    ]
+    for name, points in networks
+    for point in points
+  ]
+  header = [
+    *(["network"] if len(networks) > 1 else []),
+    "positive class",
+    "threshold chosen for",
+    "threshold",
+    *(f"test {_QUANTITIES[name]}" for name in quantities),
+  ]
+  return tables.table(_words(summary, every), header, lines)
+
+
+def _cell(point: Mapping[str, Any], name: str) -> Html:
+  score = (point.get("test") or {}).get(name) or {}
+  numbers = (tables.finite(score.get(key)) for key in ("mean", "low", "high"))
+  return tables.with_interval(*numbers)
+
+
+def _words(
+  summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
+) -> str:
+  classes = list(dict.fromkeys(str(point.get("class")) for point in points))
+  many = summary.get("many_labels")
+  known = [str(name) for name in summary.get("classes") or ()]
+  rest = "its absence" if many else "all other classes"
+  if len(known) == 2 and not many and len(classes) == 1:
+    rest = ", ".join(tables.shorten(n) for n in known if n != classes[0])
+  if len(classes) == 1:
+    text = f"Positive is {tables.shorten(classes[0])}, negative {rest}."
+    text += " config.positive names another class."
+  else:
+    text = f"Each class in turn is positive, {rest} negative."
+  text += (
+    " An image is called positive where the probability of the class, with the"
+    " temperature, is at or above the threshold. Thresholds were chosen on the"
+    " validation split and kept in the resamples of the test split; what they"
+    " reach there may be less."
+  )
+  if any(len(point.get("thresholds") or ()) > 1 for point in points):
+    text += (
+      f" Each of the {summary.get('repeats') or 'repeats'} has its own; scores"
+      " are their mean."
+    )
+  if prevalence := summary.get("prevalence"):
+    text += (
+      f" Predictive values hold where {100 * prevalence:g} % are positive, as"
+      " config.prevalence says."
+    )
+  else:
+    text += (
+      " What a call is worth depends on how many are positive:"
+      " config.prevalence gives predictive values."
+    )
+  text += " Intervals in brackets."
+  scores = [of for p in points for of in (p.get("test") or {}).values()]
+  if any(of.get("low") == of.get("high") is not None for of in scores):
+    text += (
+      " One without width is of images that were all called alike, and all"
+      " resamples of them too: it does not say that others would be."
+    )
+  return text

@@ -1,6 +1,7 @@
 """The keys that every config shares, so that one learns them once."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,12 +106,31 @@ def job_module(name: str) -> str:
   return module
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {dotted key: value} of a config.
+
+  Args:
+    config: a mapping of values and mappings.
+    prefix: stands before every key.
+  """
+  found: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      found |= flat(value, f"{prefix}{key}.")
+    else:
+      found[f"{prefix}{key}"] = value
+  return found
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Checks the keys that every job has and uses in the same way.
 
   Raises:
     UsageError: naming the key.
   """
+  for key, value in flat(config).items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise errors.UsageError(f"config.{key} is {value}; it must be a number")
   positive(config, "batch_size", "data.image_size")
   one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.

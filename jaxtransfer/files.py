@@ -73,11 +73,13 @@ def finite(value: Any) -> Any:
   """Returns a value for JSON, which has no NaN: null for what is no number.
 
   Args:
-    value: a number, None, or a mapping of such and of other things, which stay
-      as they are.
+    value: a number, None, or a mapping or list of such and of other things,
+      which stay as they are.
   """
   if isinstance(value, Mapping):
     return {key: finite(inner) for key, inner in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(inner) for inner in value]
   if isinstance(value, float | np.floating):
     return float(value) if math.isfinite(value) else None
   return value.item() if isinstance(value, np.generic) else value

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxtransfer import errors, files, hosts
+from jaxtransfer import configuration, errors, files, hosts
 
 # A run may go on with more workers or other devices; the rest decides numbers.
 _FREE_KEYS = ("data.workers", "parallel")
@@ -94,7 +94,7 @@ class Workdir:
     """Appends one line to metrics.jsonl."""
     if not self.writes:
       return
-    line = json.dumps(values, allow_nan=True)
+    line = _line(values)
     with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
       f.write(line + "\n")
 
@@ -102,8 +102,7 @@ class Workdir:
     """Writes metrics.jsonl anew, atomically: what a resumed run knows of."""
     if not self.writes:
       return
-    lines = [json.dumps(record, allow_nan=True) for record in records]
-    text = "".join(f"{line}\n" for line in lines)
+    text = "".join(f"{_line(record)}\n" for record in records)
     files.write_text(self.path / "metrics.jsonl", text)
 
   @property
@@ -118,12 +117,12 @@ class Workdir:
     """Writes results.json, the sign that the run is finished, and tells it.
 
     Args:
-      results: `summary` and `measurements`.
+      results: `summary` and `measurements`; what is no number becomes null.
 
     Returns:
       The exit code.
     """
-    files.write_json(self.path / "results.json", results)
+    files.write_json(self.path / "results.json", files.finite(results))
     summary = results["summary"]
     print(f"\n{summary['sentence']}\n\n{self.path / 'report.html'}", flush=True)
     return self._report(summary)
@@ -175,7 +174,7 @@ def claim(
       config, or it cannot be written.
   """
   path = pathlib.Path(path)
-  config = json.loads(json.dumps(config))
+  config = json.loads(json.dumps(files.finite(config)))
   processes = processes or hosts.One()
   if not processes.first:
     yield Workdir(path, config, command, processes)
@@ -226,6 +225,10 @@ def lock(path: pathlib.Path, *, wait: bool) -> Iterator[bool]:
     yield True
 
 
+def _line(record: Mapping[str, Any]) -> str:
+  return json.dumps(files.finite(record), allow_nan=False)
+
+
 def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Refuses a directory in which another config was run."""
   stored = path / "config.json"
@@ -237,7 +240,7 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     raise errors.UsageError(
       f"{stored} is not a config this program wrote; choose another --workdir"
     ) from None
-  old, new = dict(_flat(before)), dict(_flat(config))
+  old, new = configuration.flat(before), configuration.flat(config)
   if old.get("job") != new.get("job"):
     old, new = {"job": old.get("job")}, {"job": new.get("job")}
   differences = [
@@ -250,14 +253,6 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       f"--workdir={path} holds a run of another config"
       f" ({'; '.join(differences)}); choose another directory"
     )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator:
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def _versions() -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Files appear whole or not at all."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from jaxtransfer import files
@@ -43,6 +45,12 @@ def test_nan_is_not_json(tmp_path):
   with pytest.raises(ValueError):
     files.write_json(tmp_path / "a.json", {"value": float("nan")})
   assert not (tmp_path / "a.json").exists()
+
+
+def test_what_is_no_number_is_null_however_deep_it_lies():
+  """Then every reader of JSON, in any language, takes the file."""
+  value = {"a": [1, math.nan, {"b": (math.inf, np.float32("nan"), "x")}]}
+  assert files.finite(value) == {"a": [1, None, {"b": [None, None, "x"]}]}
 
 
 def test_the_cache_is_private(tmp_path, monkeypatch):

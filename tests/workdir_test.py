@@ -1,12 +1,14 @@
 """One directory, one run of one config."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
 from jaxtransfer import errors, workdir
+from tests.jobs import configs
 
 CONFIG = {"job": "layers", "data": {"source": "a.csv", "workers": 0}}
 
@@ -70,6 +72,24 @@ def test_config_json_says_what_ran(tmp_path):
   assert stored["config"] == CONFIG
   assert stored["run"]["command"] == "jaxtransfer --x"
   assert "jax" in stored["run"]["versions"]
+
+
+def test_what_is_written_is_json_whatever_was_measured(tmp_path):
+  """NaN and infinity are not JSON: null stands for them, in the config too, and
+  the config that was written is the one that is there when it goes on."""
+  config = {**CONFIG, "tolerance": math.nan}
+  for _ in range(2):
+    with workdir.claim(tmp_path, config, "command") as run:
+      run.begin("1 x cpu")
+      run.log(event="epoch", val={"auroc": math.nan, "classes": [math.inf]})
+  run.finish({"summary": {"sentence": "", "values": [math.nan]}})
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  run.replace_log([json.loads(line) for line in lines] + [{"x": math.nan}])
+  configs.check_json(tmp_path)
+  *lines, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  expected = {"event": "epoch", "val": {"auroc": None, "classes": [None]}}
+  assert [json.loads(line) for line in lines] == [expected] * 2
+  assert json.loads(last) == {"x": None}
 
 
 @pytest.mark.parametrize(

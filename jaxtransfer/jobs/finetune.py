@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, files, parallel
+from jaxtransfer import configuration, parallel
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import pipeline
 from jaxtransfer.data import splits as splitting
@@ -231,7 +231,7 @@ def _results(
       "trained_layers": list(network.layer_names[plan.frozen :]),
       "best_epoch": fitted.epoch,
       "temperature": evaluated["temperature"],
-      "epochs": [files.finite(record) for record in epochs],
+      "epochs": epochs,
       "confusion": evaluated["confusion"],
       "reliability": evaluated["reliability"],
       "curves": evaluated["curves"],

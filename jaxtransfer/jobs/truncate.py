@@ -604,9 +604,7 @@ def _report(
       "learning": [
         {
           "name": row.name,
-          "epochs": [
-            [files.finite(r) for r in bench.epochs(u)] for u in row.units
-          ],
+          "epochs": [bench.epochs(u) for u in row.units],
         }
         for row in compared
       ],
@@ -1012,7 +1010,7 @@ class _Bench:
     record = {
       "epoch": len(epochs),
       "best_epoch": fitted.epoch,
-      "val": files.finite(best["val"]),
+      "val": best["val"],
       "seconds": sum(
         seconds
         for line in epochs

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxtransfer import errors, parallel
+from jaxtransfer import errors, files, parallel
 
 _ABOUT = ("place", "best", "records", "devices", "seconds")
 
@@ -150,7 +150,7 @@ class Checkpoints:
     about = {
       "place": dict(place),
       "best": self._kept.best,
-      "records": [dict(record) for record in records],
+      "records": files.finite(records),
       "devices": devices,
       "seconds": seconds,
       "checksums": {name: _checksum(x) for name, x in arrays.items()},

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxtransfer import errors, hosts, parallel
+from jaxtransfer import errors, files, hosts, parallel
 from jaxtransfer.data import pipeline
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import checkpoints, optimisers, steps
@@ -163,7 +163,7 @@ def fit(
     # compiles: before the last pause of the clock, and when it went on.
     spent, began = 0.0, None
     if found is not None:
-      (state, best), records = found.tree, found.records
+      (state, best), records = found.tree, files.finite(found.records)
       spent = found.seconds
       batches.set_state(found.place)
       if found.devices != str(devices):
@@ -178,6 +178,8 @@ def fit(
     state = devices.replicate(state)
 
     def write(**record: Any) -> None:
+      # As a checkpoint gives them back: what is no number is null.
+      record = files.finite(record)
       records.append(record)
       journal.log(**record)
 
@@ -408,13 +410,14 @@ def _is_best(
 
 def _goodness(scores: Mapping[str, float], metric: str) -> float:
   value = scores[metric]
-  if not math.isfinite(value):
+  if value is None or not math.isfinite(value):
     return -math.inf
   return -value if metric in LOWER else value
 
 
 def _val_losses(records: Sequence[Record]) -> list[float]:
-  return [record["val"]["loss"] for record in epochs_of(records)]
+  losses = [record["val"]["loss"] for record in epochs_of(records)]
+  return [math.nan if loss is None else loss for loss in losses]
 
 
 def _means(state: steps.State) -> dict[str, float]:

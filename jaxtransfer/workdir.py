@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -83,7 +82,7 @@ class Workdir:
     }
     if self.writes:
       # Of several that share the directory all may have found it empty.
-      with lock(self.path / ".begin.lock", wait=True):
+      with files.lock(self.path / ".begin.lock", wait=True):
         _refuse_other(self.path, self.config)
         files.write_json(
           self.path / "config.json", {"config": self.config, "run": run}
@@ -171,9 +170,14 @@ def claim(
 
   Raises:
     UsageError: another process is at work in it, it holds a run of another
-      config, or it cannot be written.
+      config, or it cannot be written or named.
   """
   path = pathlib.Path(path)
+  if not _is_utf8(path):
+    raise errors.UsageError(
+      f"--workdir={path.absolute()} is no UTF-8, and checkpoints cannot be kept"
+      " under such a name; choose another directory"
+    )
   config = json.loads(json.dumps(files.finite(config)))
   processes = processes or hosts.One()
   if not processes.first:
@@ -181,22 +185,28 @@ def claim(
     return
   try:
     path.mkdir(parents=True, exist_ok=True)
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    lock = open(  # noqa: SIM115
+      path / ".lock", "a+", encoding="utf-8", errors="backslashreplace"
+    )
   except OSError as e:
     raise errors.UsageError(
       f"--workdir={path} cannot be written: {e.strerror}"
     ) from None
   with lock:
-    try:
-      # The kernel lets go of it when the process ends, however it ends.
-      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-      fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError:
+    # The kernel lets go of it when the process ends, however it ends.
+    taken = files.take_lock(lock, wait=False, shared=shared)
+    if taken is False:
       lock.seek(0)
       raise errors.UsageError(
         f"--workdir={path} is in use by process {lock.read().strip()};"
         " wait for it or choose another directory"
-      ) from None
+      )
+    if taken is None:
+      print(
+        f"--workdir={path}: its file system has no locks, so a second process"
+        " that works in it would not be noticed; start one at a time",
+        flush=True,
+      )
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
@@ -204,25 +214,12 @@ def claim(
     yield Workdir(path, config, command, processes)
 
 
-@contextlib.contextmanager
-def lock(path: pathlib.Path, *, wait: bool) -> Iterator[bool]:
-  """Takes a lock that the kernel lets go when the process ends.
-
-  Args:
-    path: the lock's file, made with its directory if it is not there.
-    wait: whether to wait for who has it.
-
-  Yields:
-    Whether it is taken; always if waited for.
-  """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      yield False
-      return
-    yield True
+def _is_utf8(path: pathlib.Path) -> bool:
+  try:
+    str(path.absolute()).encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -99,6 +99,46 @@ def test_images_that_stop_a_run_are_all_listed(tmp_path):
   assert all(int(row.split(".png")[0]) % 2 == 0 for row in rows)
 
 
+def _answers(process, number):
+  """Whether a process has a handler of its own for a signal."""
+  status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+  caught = next(x for x in status.splitlines() if x.startswith("SigCgt"))
+  return int(caught.split()[1], 16) >> (number - 1) & 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for handlers")
+@pytest.mark.parametrize("module", ["jaxtransfer", "jaxtransfer.main"])
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_while_it_starts_ends_it_without_a_traceback(
+  tmp_path, module, number, code
+):
+  """From the first import on, through those of the job and the start of JAX:
+  the line, the code and not a word of Python's. SIGTERM has no handler of
+  Python's own, so that it has one is where the moments are counted from."""
+  for seconds in (0.0, 0.3, 1.0):
+    with subprocess.Popen(
+      [
+        sys.executable,
+        *("-m", module),
+        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--workdir={tmp_path / 'run'}",
+      ],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    ) as process:
+      while not _answers(process, signal.SIGTERM):
+        assert process.poll() is None, process.stderr.read()
+      time.sleep(seconds)
+      process.send_signal(number)
+      _, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert errors.startswith("jaxtransfer: ") and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize(
   ("number", "code", "says"),
   [

@@ -1,13 +1,16 @@
 """One directory, one run of one config."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 
-from jaxtransfer import errors, workdir
+from jaxtransfer import errors, files, workdir
 from tests.jobs import configs
 
 CONFIG = {"job": "layers", "data": {"source": "a.csv", "workers": 0}}
@@ -62,6 +65,38 @@ def test_two_processes_cannot_work_in_one_directory(tmp_path):
   with workdir.claim(tmp_path, CONFIG, "command"):
     assert "in use by process" in attempt()
   assert attempt() == "in\n"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_said_and_used(
+  tmp_path, monkeypatch, capsys, shared, code
+):
+  """Some network file systems have none: one process alone works there as
+  anywhere, units and report and all, and is told what cannot be seen to."""
+
+  def flock(*_):
+    raise OSError(getattr(errno, code), "no locks")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with workdir.claim(tmp_path, CONFIG, "command", shared=shared) as run:
+    run.begin("1 x cpu")
+    for wait in (True, False):
+      with files.lock(tmp_path / "units" / ".lock", wait=wait) as taken:
+        assert taken
+  said = capsys.readouterr().out.splitlines()
+  assert len(said) == 1 and "has no locks" in said[0] and "one at" in said[0]
+
+
+def test_a_directory_that_checkpoints_cannot_name_is_refused_at_once(tmp_path):
+  """Their library takes UTF-8 alone; said after the first epoch is too late."""
+  path = os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")
+  with (
+    pytest.raises(errors.UsageError, match="no UTF-8"),
+    workdir.claim(path, CONFIG, "command"),
+  ):
+    pass
+  assert not os.path.exists(path)
 
 
 def test_config_json_says_what_ran(tmp_path):

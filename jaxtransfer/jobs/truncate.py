@@ -184,7 +184,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   rows = _rows(bench, search)
   bench.settle([unit for row in rows for unit in row.units])
   # Whoever comes first reads the test split and writes; the others wait.
-  with workdirs.lock(workdir.path / ".report.lock", wait=True):
+  with files.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
       return workdir.report_failures()
     results = _report(bench, search, rows, begun)
@@ -974,7 +974,7 @@ class _Bench:
       for unit in list(left):
         if self.state(unit, stop_after) == "open":
           path = self.directory(unit) / ".lock"
-          with workdirs.lock(path, wait=False) as taken:
+          with files.lock(path, wait=False) as taken:
             if not taken:
               continue
             if self.state(unit, stop_after) == "open":

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxtransfer import errors, files, hosts, parallel
+from jaxtransfer import errors, files, parallel, signals
 from jaxtransfer.data import pipeline
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import checkpoints, optimisers, steps
@@ -288,7 +288,7 @@ def fit(
     except _Preempted:
       save()
       kept.wait()
-      raise SystemExit(hosts.PREEMPTED) from None
+      raise SystemExit(signals.PREEMPTED) from None
     finally:
       bar.close()
     _share_failures(train)

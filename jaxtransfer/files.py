@@ -35,8 +35,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     The temporary path, `.<name>.<random>.tmp` in the same directory.
 
   Raises:
-    OSError: the directory cannot be written or the disk is full; `path` is as
-      it was.
+    OSError: the directory cannot be written or the disk is full; it names
+      `path`, which is as it was.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     yield temporary
     _fsync(temporary)
     os.replace(temporary, path)
-  except BaseException:
+  except BaseException as e:
     temporary.unlink(missing_ok=True)
+    if isinstance(e, OSError) and e.filename in (None, str(temporary)):
+      e.filename = str(path)
     raise
   _fsync(path.parent)
 
@@ -73,6 +75,36 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     ValueError: `value` holds NaN or infinity, which are not JSON.
   """
   write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+  """Adds a line to a text file, or leaves the file's lines as they are.
+
+  Args:
+    path: the file, made if it is not there. What follows its last line break,
+      the beginning of a line that a kill or a full disk has cut short, goes.
+    line: ASCII, without a line break.
+
+  Raises:
+    OSError: the line could not be written.
+  """
+  with open(path, "ab+", buffering=0) as f:
+    size = f.seek(0, os.SEEK_END)
+    # Longer lines than this are not written here.
+    start = max(0, size - 2**20)
+    f.seek(start)
+    tail = f.read()
+    whole = size if tail.endswith(b"\n") else start + tail.rfind(b"\n") + 1
+    try:
+      if whole < size:
+        f.truncate(whole)
+      rest = memoryview(f"{line}\n".encode("ascii"))
+      while rest:
+        rest = rest[f.write(rest) :]
+    except OSError as e:
+      f.truncate(whole)
+      e.filename = os.fspath(path)
+      raise
 
 
 def finite(value: Any) -> Any:

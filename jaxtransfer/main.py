@@ -10,6 +10,7 @@ if __name__ == "__main__":
   # Before the other imports, which take their time.
   signals.end_at_signals()
 
+import errno
 import importlib
 import pathlib
 import re
@@ -36,6 +37,11 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 USAGE = 2
+# What a disk says that is full or may not be written.
+_MENDED = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  *(errno.EROFS, errno.EACCES, errno.EPERM),
+)
 # Jobs that several processes of one run train together.
 JOINED = ("finetune",)
 # Jobs whose work is divided among all runs with the same workdir.
@@ -136,7 +142,10 @@ def main(argv: Sequence[str]) -> int:
   except errors.RunError as e:
     processes.end(str(e), 1)
   except OSError as e:
-    processes.end(f"{e.filename or _WORKDIR.value}: {e.strerror or e}", 1)
+    message = f"{e.filename or _WORKDIR.value}: {e.strerror or e}"
+    if e.errno in _MENDED:
+      message += "; make room or give permission, and the same command resumes"
+    processes.end(message, 1)
   except KeyboardInterrupt:
     code = signals.INTERRUPTED
     processes.end(signals.SAID[code], code)

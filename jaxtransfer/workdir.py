@@ -93,9 +93,7 @@ class Workdir:
     """Appends one line to metrics.jsonl."""
     if not self.writes:
       return
-    line = _line(values)
-    with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-      f.write(line + "\n")
+    files.append_line(self.path / "metrics.jsonl", _line(values))
 
   def replace_log(self, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes metrics.jsonl anew, atomically: what a resumed run knows of."""

@@ -112,13 +112,34 @@ def job_module(name: str) -> str:
   return module
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {dotted key: value} of a config.
+
+  Args:
+    config: a mapping of values and mappings.
+    prefix: stands before every key.
+  """
+  found: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      found |= flat(value, f"{prefix}{key}.")
+    else:
+      found[f"{prefix}{key}"] = value
+  return found
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Checks the keys that every job has and uses in the same way.
 
   Raises:
     UsageError: naming the key.
   """
-  _check_finite("config", config.to_dict())
+  for key, value in flat(config).items():
+    for number in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(number, float) and not math.isfinite(number):
+        raise errors.UsageError(
+          f"config.{key} is {number}; it must be a finite number"
+        )
   one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
   errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
@@ -142,18 +163,6 @@ _BOUNDS: dict[str, dict[str, Any]] = {
   "data.max_pixels": {"least": 1},
   "data.few_shot": {"least": 0},
 }
-
-
-def _check_finite(name: str, value: Any) -> None:
-  """Checks that no number below a key is NaN or infinite."""
-  if isinstance(value, dict):
-    for key, inner in value.items():
-      _check_finite(f"{name}.{key}", inner)
-  elif isinstance(value, (tuple, list)):
-    for inner in value:
-      _check_finite(name, inner)
-  elif isinstance(value, float) and not math.isfinite(value):
-    raise errors.UsageError(f"{name} is {value}; it must be a finite number")
 
 
 def _value_of(config: Mapping[str, Any], key: str) -> Any:

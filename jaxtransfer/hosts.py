@@ -7,20 +7,43 @@ said at once.
 """
 
 import contextlib
+import io
+import logging
 import os
 import pathlib
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
 
-from jaxtransfer import errors
+from jaxtransfer import errors, files, signals
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-INTERRUPTED = 130
-PREEMPTED = 143
 # The first process may still write the report when the others have done.
 _PATIENCE = 3600
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+
+
+def settle_surroundings() -> None:
+  """Makes the process independent of where it was started.
+
+  A terminal of any encoding shows any text: what it lacks is escaped. What a
+  notebook has told matplotlib of itself, which is read at its import and
+  refused where that backend is not installed, does not hold here. A user
+  without a home gets one that nobody can write to: libraries know how to do
+  without a directory, but not without its name.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    # Other programs put streams of their own there, or none.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
+  os.environ["MPLBACKEND"] = "agg"
+  # It warns of a cache that is not there.
+  logging.getLogger("matplotlib").setLevel(logging.ERROR)
+  try:
+    pathlib.Path.home()
+  except RuntimeError:
+    os.environ["HOME"] = os.devnull
 
 
 def use_huge_pages() -> None:
@@ -37,7 +60,12 @@ def use_huge_pages() -> None:
     if "[madvise]" in kernel.read_text() and _HUGE_PAGES not in settings:
       settings = f"{settings}:" if settings else ""
       os.environ["GLIBC_TUNABLES"] = f"{settings}{_HUGE_PAGES}=1"
-      os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+      # Blocked ones wait until the new process can answer.
+      signal.pthread_sigmask(signal.SIG_BLOCK, signals.CODES)
+      try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+      finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.CODES)
 
 
 class One:
@@ -74,8 +102,12 @@ class One:
       message: one line.
       code: exit code.
     """
-    print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
-    if code in (INTERRUPTED, PREEMPTED):
+    if code in signals.SAID:
+      # Impatience would end in a traceback.
+      for number in signals.CODES:
+        signal.signal(number, signal.SIG_IGN)
+    _say(message)
+    if code in signals.SAID:
       # Everything is closed by now but XLA's threads, which may be compiling:
       # to take the interpreter down under them can crash it.
       sys.stdout.flush()
@@ -88,7 +120,7 @@ class One:
 
   def preempt(self, *_: object) -> None:
     """Ends the process after SIGTERM; a signal handler."""
-    raise SystemExit(PREEMPTED)
+    raise SystemExit(signals.PREEMPTED)
 
 
 class Several(One):
@@ -130,7 +162,9 @@ class Several(One):
     # this process, which only its end can tell them. Over: all know.
     self._stage = "checks"
     if not self.first:
-      sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+      sys.stdout = open(  # noqa: SIM115
+        os.devnull, "w", encoding="utf-8", errors="backslashreplace"
+      )
 
   def meet(self, value: Any) -> Any:  # noqa: D102
     heard = self._tell({"value": value})
@@ -148,7 +182,7 @@ class Several(One):
   def end(self, message: str, code: int) -> NoReturn:  # noqa: D102
     if self._stage == "checks":
       self._tell({"message": message, "code": code})
-    elif self._stage == "work" and code != PREEMPTED:
+    elif self._stage == "work" and code != signals.PREEMPTED:
       self._leave(message, code)
     super().end(message, code)
 
@@ -167,7 +201,7 @@ class Several(One):
   def preempt(self, *_: object) -> None:  # noqa: D102
     # Where all agree on the step, training has a handler of its own.
     if self._stage == "work":
-      self._leave("preempted; the same command resumes", PREEMPTED)
+      self._leave(signals.SAID[signals.PREEMPTED], signals.PREEMPTED)
     super().preempt()
 
   def _tell(self, said: dict[str, Any]) -> list[dict[str, Any]]:
@@ -180,6 +214,12 @@ class Several(One):
 
   def _leave(self, message: str, code: int) -> NoReturn:
     """Ends at once: a usual exit would wait for the others, who wait for us."""
-    print(f"jaxtransfer: {message}", file=sys.stderr, flush=True)
+    _say(message)
     sys.stdout.flush()
     os._exit(code)
+
+
+def _say(message: str) -> None:
+  # A file's name may hold a line break.
+  line = f"jaxtransfer: {files.visible(message)}"
+  print(line, file=sys.stderr, flush=True)

@@ -4,11 +4,17 @@ jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/l1 \
   --config.data=manifest.csv
 """
 
+from jaxtransfer import signals
+
+if __name__ == "__main__":
+  # Before the other imports, which take their time.
+  signals.end_at_signals()
+
+import errno
 import importlib
 import pathlib
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +38,11 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 USAGE = 2
+# What a disk says that is full or may not be written.
+_MENDED = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  *(errno.EROFS, errno.EACCES, errno.EPERM),
+)
 # Jobs that several processes of one run train together.
 JOINED = ("finetune",)
 # Jobs whose work is divided among all runs with the same workdir.
@@ -79,7 +90,7 @@ def _join(job: str) -> hosts.Several:
       " one process"
     )
   processes = hosts.Several()
-  signal.signal(signal.SIGTERM, processes.preempt)
+  signals.hand_signals(processes.preempt)
   return processes
 
 
@@ -119,7 +130,6 @@ def main(argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code."""
   config = _CONFIG.value
   processes = hosts.One()
-  signal.signal(signal.SIGTERM, processes.preempt)
   if not flags.FLAGS["verbosity"].present:
     # absl's own default lets every library tell what it does.
     logging.set_verbosity(logging.WARNING)
@@ -150,6 +160,7 @@ def main(argv: Sequence[str]) -> int:
       if not _DISTRIBUTED.value:
         together = config.batch_size // max(1, config.get("accumulate", 1))
         parallel.use_processors(max(1, together))
+      signals.hand_signals(processes.preempt)
       return job.run(config, claimed)
   except errors.UsageError as e:
     processes.end(str(e), USAGE)
@@ -159,20 +170,26 @@ def main(argv: Sequence[str]) -> int:
   except errors.RunError as e:
     processes.end(str(e), 1)
   except OSError as e:
-    processes.end(f"{e.filename or _WORKDIR.value}: {e.strerror or e}", 1)
+    message = f"{e.filename or _WORKDIR.value}: {e.strerror or e}"
+    if e.errno in _MENDED:
+      message += "; make room or give permission, and the same command resumes"
+    processes.end(message, 1)
   except KeyboardInterrupt:
-    processes.end("interrupted; the same command resumes", hosts.INTERRUPTED)
+    code = signals.INTERRUPTED
+    processes.end(signals.SAID[code], code)
   except SystemExit as e:
-    if e.code != hosts.PREEMPTED:
+    if e.code != signals.PREEMPTED:
       raise
-    processes.end("preempted; the same command resumes", e.code)
+    processes.end(signals.SAID[e.code], e.code)
   except Exception as e:  # noqa: BLE001
     processes.crash(e)
 
 
 def run() -> None:
-  """The console script."""
+  """Runs the command line; `__main__` is where it starts."""
+  signals.end_at_signals()
   hosts.use_huge_pages()
+  hosts.settle_surroundings()
   # `--config.data=tiles.csv` is short for the key that names the source.
   sys.argv[1:] = [
     argument.replace("--config.data=", "--config.data.source=", 1)

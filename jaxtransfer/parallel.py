@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +38,20 @@ def cache_programs() -> None:
   """Keeps compiled programs in the user's own cache, for the next run.
 
   A program compiled for one processor may not run on another: machines of a
-  cluster that share a home directory have a directory each.
+  cluster that share a home directory have a directory each. Where none can be
+  written, that is said, and each run compiles its own.
   """
   kind = hashlib.sha256(platform.processor().encode())
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     kind.update("".join(x for x in lines if "flags" in x[:9]).encode())
-  directory = files.cache_directory("programs", kind.hexdigest()[:12])
+  try:
+    directory = files.cache_directory("programs", kind.hexdigest()[:12])
+  except errors.UsageError as e:
+    print(f"compiled programs are not kept: {e}", flush=True)
+    return
+  # It may become full: then a program is compiled again, which is no news.
+  warnings.filterwarnings("ignore", ".*persistent compilation cache")
   jax.config.update("jax_compilation_cache_dir", str(directory))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from jaxtransfer import workdir as workdirs
+from jaxtransfer import files
 
 # Seconds between two looks at what other processes are doing.
 _LOOK = 2.0
@@ -100,7 +100,7 @@ class Units:
       for unit in list(left):
         if self.state(unit, stop_after) == "open":
           path = self.directory(unit) / ".lock"
-          with workdirs.lock(path, wait=False) as taken:
+          with files.lock(path, wait=False) as taken:
             if not taken:
               continue
             if self.state(unit, stop_after) == "open":

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxtransfer import errors, files, hosts
+from jaxtransfer import configuration, errors, files, hosts
 
 # A run may go on with more workers or other devices; the rest decides numbers.
 _FREE_KEYS = ("data.workers", "parallel")
@@ -83,7 +82,7 @@ class Workdir:
     }
     if self.writes:
       # Of several that share the directory all may have found it empty.
-      with lock(self.path / ".begin.lock", wait=True):
+      with files.lock(self.path / ".begin.lock", wait=True):
         _refuse_other(self.path, self.config)
         files.write_json(
           self.path / "config.json", {"config": self.config, "run": run}
@@ -94,16 +93,13 @@ class Workdir:
     """Appends one line to metrics.jsonl."""
     if not self.writes:
       return
-    line = json.dumps(values, allow_nan=True)
-    with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-      f.write(line + "\n")
+    files.append_line(self.path / "metrics.jsonl", _line(values))
 
   def replace_log(self, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes metrics.jsonl anew, atomically: what a resumed run knows of."""
     if not self.writes:
       return
-    lines = [json.dumps(record, allow_nan=True) for record in records]
-    text = "".join(f"{line}\n" for line in lines)
+    text = "".join(f"{_line(record)}\n" for record in records)
     files.write_text(self.path / "metrics.jsonl", text)
 
   @property
@@ -118,12 +114,12 @@ class Workdir:
     """Writes results.json, the sign that the run is finished, and tells it.
 
     Args:
-      results: `summary` and `measurements`.
+      results: `summary` and `measurements`; what is no number becomes null.
 
     Returns:
       The exit code.
     """
-    files.write_json(self.path / "results.json", results)
+    files.write_json(self.path / "results.json", files.finite(results))
     summary = results["summary"]
     print(f"\n{summary['sentence']}\n\n{self.path / 'report.html'}", flush=True)
     return self._report(summary)
@@ -172,32 +168,43 @@ def claim(
 
   Raises:
     UsageError: another process is at work in it, it holds a run of another
-      config, or it cannot be written.
+      config, or it cannot be written or named.
   """
   path = pathlib.Path(path)
-  config = json.loads(json.dumps(config))
+  if not _is_utf8(path):
+    raise errors.UsageError(
+      f"--workdir={path.absolute()} is no UTF-8, and checkpoints cannot be kept"
+      " under such a name; choose another directory"
+    )
+  config = json.loads(json.dumps(files.finite(config)))
   processes = processes or hosts.One()
   if not processes.first:
     yield Workdir(path, config, command, processes)
     return
   try:
     path.mkdir(parents=True, exist_ok=True)
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    lock = open(  # noqa: SIM115
+      path / ".lock", "a+", encoding="utf-8", errors="backslashreplace"
+    )
   except OSError as e:
     raise errors.UsageError(
       f"--workdir={path} cannot be written: {e.strerror}"
     ) from None
   with lock:
-    try:
-      # The kernel lets go of it when the process ends, however it ends.
-      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-      fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError:
+    # The kernel lets go of it when the process ends, however it ends.
+    taken = files.take_lock(lock, wait=False, shared=shared)
+    if taken is False:
       lock.seek(0)
       raise errors.UsageError(
         f"--workdir={path} is in use by process {lock.read().strip()};"
         " wait for it or choose another directory"
-      ) from None
+      )
+    if taken is None:
+      print(
+        f"--workdir={path}: its file system has no locks, so a second process"
+        " that works in it would not be noticed; start one at a time",
+        flush=True,
+      )
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
@@ -205,25 +212,16 @@ def claim(
     yield Workdir(path, config, command, processes)
 
 
-@contextlib.contextmanager
-def lock(path: pathlib.Path, *, wait: bool) -> Iterator[bool]:
-  """Takes a lock that the kernel lets go when the process ends.
+def _is_utf8(path: pathlib.Path) -> bool:
+  try:
+    str(path.absolute()).encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
-  Args:
-    path: the lock's file, made with its directory if it is not there.
-    wait: whether to wait for who has it.
 
-  Yields:
-    Whether it is taken; always if waited for.
-  """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      yield False
-      return
-    yield True
+def _line(record: Mapping[str, Any]) -> str:
+  return json.dumps(files.finite(record), allow_nan=False)
 
 
 def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -237,7 +235,7 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     raise errors.UsageError(
       f"{stored} is not a config this program wrote; choose another --workdir"
     ) from None
-  old, new = dict(_flat(before)), dict(_flat(config))
+  old, new = configuration.flat(before), configuration.flat(config)
   if old.get("job") != new.get("job"):
     old, new = {"job": old.get("job")}, {"job": new.get("job")}
   # An older version did not have every key; "", 0 and False are without it.
@@ -252,14 +250,6 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       f"--workdir={path} holds a run of another config"
       f" ({'; '.join(differences)}); choose another directory"
     )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator:
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def _versions() -> dict[str, str]:

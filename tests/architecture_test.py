@@ -18,10 +18,10 @@ ALLOWED = {
     "data",
     "errors",
     "files",
-    "hosts",
     "measure",
     "networks",
     "parallel",
+    "signals",
   },
   "jobs": {
     "configuration",

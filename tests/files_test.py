@@ -1,14 +1,17 @@
 """Files appear whole or not at all."""
 
 import json
+import math
 import os
+import pwd
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from jaxtransfer import files
+from jaxtransfer import errors, files
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
@@ -43,6 +46,47 @@ def test_nan_is_not_json(tmp_path):
   with pytest.raises(ValueError):
     files.write_json(tmp_path / "a.json", {"value": float("nan")})
   assert not (tmp_path / "a.json").exists()
+
+
+def test_what_is_no_number_is_null_however_deep_it_lies():
+  """Then every reader of JSON, in any language, takes the file."""
+  value = {"a": [1, math.nan, {"b": (math.inf, np.float32("nan"), "x")}]}
+  assert files.finite(value) == {"a": [1, None, {"b": [None, None, "x"]}]}
+
+
+def test_any_name_can_be_written_and_read_by_all(tmp_path):
+  """Bytes that are no UTF-8, a lone surrogate, line breaks and a terminal's
+  commands: whatever a file system allows. A row of CSV stays one line, and what
+  names files again, JSON, gives back exactly what went in."""
+  odd = os.fsdecode(b"caf\xe9\xff\n\r\x1b[2J") + "\ud800 \u2603"
+  seen = r"caf\udce9\udcff\n\r\x1b[2J\ud800 " + "\u2603"
+  assert files.visible({odd: [odd, 1, None]}) == {seen: [seen, 1, None]}
+  files.write_csv(tmp_path / "a.csv", ("name", "reason"), [(odd, "broken")])
+  assert (tmp_path / "a.csv").read_text("utf-8").splitlines() == [
+    "name,reason",
+    f"{seen},broken",
+  ]
+  files.write_text(tmp_path / "a.html", odd)
+  assert (tmp_path / "a.html").read_text("utf-8").startswith(r"caf\udce9")
+  files.write_json(tmp_path / "a.json", [odd])
+  assert json.loads((tmp_path / "a.json").read_bytes()) == [odd]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
+  """Neither a variable nor an entry of passwd; or a home that is no folder."""
+
+  def getpwuid(uid):
+    raise KeyError(uid)
+
+  monkeypatch.delenv("JAXTRANSFER_CACHE")
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+  for home in (None, os.devnull):
+    if home:
+      monkeypatch.setenv("HOME", home)
+    with pytest.raises(errors.UsageError, match="set JAXTRANSFER_CACHE"):
+      files.cache_directory("programs")
+  assert not os.path.exists("~")
 
 
 def test_the_cache_is_private(tmp_path, monkeypatch):

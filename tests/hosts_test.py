@@ -103,6 +103,49 @@ def test_memory_is_taken_in_huge_pages(settings):
   assert int(words[4]) > 0
 
 
+COLLECTED = """
+import gc
+import os
+import sys
+import time
+from jaxtransfer import hosts, signals
+
+signals.end_at_signals()
+one = hosts.One()
+signals.hand_signals(one.preempt)
+
+def interrupted(phase, _):
+  if phase == "start":
+    gc.callbacks.clear()
+    os.kill(os.getpid(), int(sys.argv[1]))
+
+gc.callbacks.append(interrupted)
+try:
+  gc.collect()
+  time.sleep(60)
+except KeyboardInterrupt:
+  one.end("heard", 130)
+except SystemExit as e:
+  one.end("heard", e.code)
+"""
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_in_the_middle_of_collecting_garbage_is_heard(number, code):
+  """JAX is called then, and Python forgets what is raised there: the process
+  would go on to its end, after a traceback."""
+  done = subprocess.run(
+    [sys.executable, "-c", COLLECTED, str(int(number))],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode, done.stderr) == (code, "jaxtransfer: heard\n")
+
+
 class _Run:
   """The same command in one process or in two that are joined."""
 

@@ -1,13 +1,16 @@
 """The command line: one line and the right exit code for every mistake."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from jaxtransfer.data import stored_splits
@@ -126,6 +129,117 @@ def test_images_that_stop_a_run_are_all_listed(tmp_path):
   name, *rows = path.read_text().splitlines()
   assert name == "name,reason" and len(rows) > 5
   assert all(int(row.split(".png")[0]) % 2 == 0 for row in rows)
+
+
+# The program, for a user whom the system does not know.
+NOBODY = """
+import pwd
+
+def getpwuid(uid):
+  raise KeyError(uid)
+
+pwd.getpwuid = getpwuid
+from jaxtransfer import main
+main.run()
+"""
+
+
+def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
+  """Names and classes that no encoding holds, a terminal of ASCII, a notebook's
+  backend, no home: the report is there, each unreadable image is in a line of
+  its own, and the names in splits.json are those that open the files."""
+  rng = np.random.default_rng(0)
+  classes = (b"caf\xe9", "\u2603 \u0628".encode(), b"a\nb\x1b[2J\x01")
+  for number, name in enumerate(classes):
+    folder = os.path.join(os.fsencode(tmp_path), b"data", name)
+    os.makedirs(folder)
+    for i in range(12):
+      image = rng.normal(128 + 30 * number, 40, (32, 32, 3)).clip(0, 255)
+      with open(os.path.join(folder, b"%d\xff\r\n.png" % i), "wb") as file:
+        PIL.Image.fromarray(image.astype(np.uint8)).save(file, "png")
+  with open(os.path.join(folder, b"%d\xff\r\n.png" % i), "wb") as file:
+    file.write(b"no image")
+  kept = ("PATH", "PYTHONPATH", "JAX_PLATFORMS")
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", NOBODY),
+      CONFIG,
+      f"--workdir={tmp_path / 'run'}",
+      f"--config.data={tmp_path / 'data'}",
+      "--config.network.weights=cifar10-resnet18",
+      "--config.network.until=layer1",
+      "--config.data.image_size=32",
+      "--config.data.max_failures=0.1",
+      "--config.taps=layer1",
+      "--config.probes=nearest_mean",
+      "--config.seeds=1",
+      "--config.batch_size=12",
+      "--config.cost_batch_size=4",
+      "--config.resamples=20",
+    ],
+    env={
+      **{name: os.environ[name] for name in kept if name in os.environ},
+      "JAX_NUM_CPU_DEVICES": "1",
+      "PYTHONIOENCODING": "ascii",
+      "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    },
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1 and not done.stderr, done.stderr
+  assert "not kept" in done.stdout and "set JAXTRANSFER_CACHE" in done.stdout
+  assert "could not be read: 1;" in done.stdout
+  run = tmp_path / "run"
+  assert configs.check_json(run) == 4
+  _, failure = (run / "failures.csv").read_text("utf-8").splitlines()
+  assert failure.startswith(r"a\nb\x1b[2J\x01/11\udcff\r\n.png,")
+  names = json.loads((run / "splits.json").read_bytes())["names"]
+  assert all((tmp_path / "data" / name).exists() for name in names)
+  assert r"caf\udce9" in (run / "report.html").read_text("utf-8")
+  for path in (run / "figures").glob("*.svg"):
+    xml.etree.ElementTree.parse(path)
+
+
+def _answers(process, number):
+  """Whether a process has a handler of its own for a signal."""
+  status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+  caught = next(x for x in status.splitlines() if x.startswith("SigCgt"))
+  return int(caught.split()[1], 16) >> (number - 1) & 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for handlers")
+@pytest.mark.parametrize("module", ["jaxtransfer", "jaxtransfer.main"])
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_while_it_starts_ends_it_without_a_traceback(
+  tmp_path, module, number, code
+):
+  """From the first import on, through those of the job and the start of JAX:
+  the line, the code and not a word of Python's. SIGTERM has no handler of
+  Python's own, so that it has one is where the moments are counted from."""
+  for seconds in (0.0, 0.3, 1.0):
+    with subprocess.Popen(
+      [
+        sys.executable,
+        *("-m", module),
+        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--workdir={tmp_path / 'run'}",
+      ],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    ) as process:
+      while not _answers(process, signal.SIGTERM):
+        assert process.poll() is None, process.stderr.read()
+      time.sleep(seconds)
+      process.send_signal(number)
+      _, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert errors.startswith("jaxtransfer: ") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """One directory, one run of one config."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import math
+import os
 import subprocess
 import sys
 
 import pytest
 
-from jaxtransfer import errors, workdir
+from jaxtransfer import errors, files, workdir
+from tests.jobs import configs
 
 CONFIG = {"job": "layers", "data": {"source": "a.csv", "workers": 0}}
 
@@ -79,6 +84,38 @@ def test_two_processes_cannot_work_in_one_directory(tmp_path):
   assert attempt() == "in\n"
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_said_and_used(
+  tmp_path, monkeypatch, capsys, shared, code
+):
+  """Some network file systems have none: one process alone works there as
+  anywhere, units and report and all, and is told what cannot be seen to."""
+
+  def flock(*_):
+    raise OSError(getattr(errno, code), "no locks")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with workdir.claim(tmp_path, CONFIG, "command", shared=shared) as run:
+    run.begin("1 x cpu")
+    for wait in (True, False):
+      with files.lock(tmp_path / "units" / ".lock", wait=wait) as taken:
+        assert taken
+  said = capsys.readouterr().out.splitlines()
+  assert len(said) == 1 and "has no locks" in said[0] and "one at" in said[0]
+
+
+def test_a_directory_that_checkpoints_cannot_name_is_refused_at_once(tmp_path):
+  """Their library takes UTF-8 alone; said after the first epoch is too late."""
+  path = os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")
+  with (
+    pytest.raises(errors.UsageError, match="no UTF-8"),
+    workdir.claim(path, CONFIG, "command"),
+  ):
+    pass
+  assert not os.path.exists(path)
+
+
 def test_config_json_says_what_ran(tmp_path):
   """Config, versions, devices and the command are enough to repeat a run."""
   with workdir.claim(tmp_path, CONFIG, "jaxtransfer --x") as run:
@@ -87,6 +124,24 @@ def test_config_json_says_what_ran(tmp_path):
   assert stored["config"] == CONFIG
   assert stored["run"]["command"] == "jaxtransfer --x"
   assert "jax" in stored["run"]["versions"]
+
+
+def test_what_is_written_is_json_whatever_was_measured(tmp_path):
+  """NaN and infinity are not JSON: null stands for them, in the config too, and
+  the config that was written is the one that is there when it goes on."""
+  config = {**CONFIG, "tolerance": math.nan}
+  for _ in range(2):
+    with workdir.claim(tmp_path, config, "command") as run:
+      run.begin("1 x cpu")
+      run.log(event="epoch", val={"auroc": math.nan, "classes": [math.inf]})
+  run.finish({"summary": {"sentence": "", "values": [math.nan]}})
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  run.replace_log([json.loads(line) for line in lines] + [{"x": math.nan}])
+  configs.check_json(tmp_path)
+  *lines, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  expected = {"event": "epoch", "val": {"auroc": None, "classes": [None]}}
+  assert [json.loads(line) for line in lines] == [expected] * 2
+  assert json.loads(last) == {"x": None}
 
 
 @pytest.mark.parametrize(

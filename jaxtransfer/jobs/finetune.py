@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, files, parallel
+from jaxtransfer import configuration, parallel
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
@@ -236,7 +236,7 @@ def _results(
       "trainings": 1,
       "at_last_epoch": int(fitted.epoch == config.epochs),
     },
-    "epochs": [files.finite(record) for record in epochs],
+    "epochs": epochs,
     **{
       key: evaluated[key]
       for key in (

@@ -117,7 +117,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   bench.settle([unit for row in rows for unit in row.units])
   # Whoever comes first reads the test split and writes; the others wait.
-  with workdirs.lock(workdir.path / ".report.lock", wait=True):
+  with files.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
       return workdir.report_failures()
     results = _report(bench, search, rows, begun)
@@ -334,9 +334,7 @@ def _report(
     "learning": [
       {
         "name": row.name,
-        "epochs": [
-          [files.finite(r) for r in bench.epochs(u)] for u in row.units
-        ],
+        "epochs": [bench.epochs(u) for u in row.units],
       }
       for row in compared
     ],
@@ -776,7 +774,7 @@ class _Bench:
     record = {
       "epoch": len(epochs),
       "best_epoch": fitted.epoch,
-      "val": files.finite(best["val"]),
+      "val": best["val"],
       "seconds": sum(
         seconds
         for line in epochs

@@ -157,6 +157,7 @@ def write(
     OSError: the directory cannot be written; older files are as they were.
   """
   workdir = pathlib.Path(workdir)
+  results = files.visible(results)
   job = str(results.get("job"))
   measurements = Measurements(results.get("measurements") or ())
   summary = dict(results.get("summary") or {})

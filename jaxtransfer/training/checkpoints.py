@@ -12,8 +12,14 @@ would not allow.
 
 import contextlib
 import dataclasses
+import errno
+import functools
+import logging
 import os
 import pathlib
+import re
+import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxtransfer import errors, parallel
+from jaxtransfer import errors, files, parallel
 
 _ABOUT = ("place", "best", "records", "devices", "seconds")
 
@@ -87,6 +93,7 @@ class Checkpoints:
     self.newest: int | None = None
     self._kept = _NewestAndBest(keep)
     self._manager = None
+    _hear_once()
     if not parallel.is_first():
       return
     self._directory.mkdir(parents=True, exist_ok=True)
@@ -150,7 +157,7 @@ class Checkpoints:
     about = {
       "place": dict(place),
       "best": self._kept.best,
-      "records": [dict(record) for record in records],
+      "records": files.finite(records),
       "devices": devices,
       "seconds": seconds,
       "checksums": {name: _checksum(x) for name, x in arrays.items()},
@@ -158,6 +165,10 @@ class Checkpoints:
     with self._reported():
       # Refused a directory, Orbax's threads keep the process for five minutes.
       tempfile.TemporaryFile(dir=self._directory).close()
+      # Without room they leave a part behind; packed, it may be less.
+      room = shutil.disk_usage(self._directory).free
+      if room < sum(array.nbytes for array in arrays.values()):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       self._manager.save(
         number,
         args=ocp.args.Composite(
@@ -292,6 +303,8 @@ class Checkpoints:
     try:
       yield
     except Exception as e:
+      for part in self._directory.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(part, ignore_errors=True)
       raise errors.RunError(
         f"{self._directory}: the checkpoint could not be written"
         f" ({_first_line(e)}); the one before is intact: make room or give"
@@ -299,7 +312,31 @@ class Checkpoints:
       ) from e
 
 
+@functools.cache
+def _hear_once() -> None:
+  """Keeps to itself what Orbax says of an error that it raises as well.
+
+  Its threads log it, a traceback each, and tensorstore's, which come to an end
+  later than the loop that waits for them, raise another one that nobody hears.
+  """
+  before = sys.unraisablehook
+
+  def ignore(ignored: Any) -> None:
+    if str(ignored.exc_value) != "Event loop is closed":
+      before(ignored)
+
+  sys.unraisablehook = ignore
+  logging.getLogger("absl").addFilter(lambda r: "orbax" not in r.pathname)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 def _first_line(error: Exception) -> str:
+  # Tensorstore's are long, and say at their end what the system said.
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  if code:
+    return os.strerror(int(code[1]))
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

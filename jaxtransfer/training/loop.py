@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxtransfer import errors, hosts, parallel
+from jaxtransfer import errors, files, parallel, signals
 from jaxtransfer.data import pipeline
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import checkpoints, optimisers, steps
@@ -165,7 +165,7 @@ def fit(
     spent, began = 0.0, None
     unreadable: list[list[Any]] = []  # (row, reason), of validation
     if found is not None:
-      (state, best), records = found.tree, found.records
+      (state, best), records = found.tree, files.finite(found.records)
       spent = found.seconds
       batches.set_state(found.place)
       unreadable = found.place["unreadable"]
@@ -181,6 +181,8 @@ def fit(
     state = devices.replicate(state)
 
     def write(**record: Any) -> None:
+      # As a checkpoint gives them back: what is no number is null.
+      record = files.finite(record)
       records.append(record)
       journal.log(**record)
 
@@ -292,7 +294,7 @@ def fit(
     except _Preempted:
       save()
       kept.wait()
-      raise SystemExit(hosts.PREEMPTED) from None
+      raise SystemExit(signals.PREEMPTED) from None
     finally:
       bar.close()
     _share_failures(train)
@@ -415,13 +417,14 @@ def _is_best(
 
 def _goodness(scores: Mapping[str, float], metric: str) -> float:
   value = scores[metric]
-  if not math.isfinite(value):
+  if value is None or not math.isfinite(value):
     return -math.inf
   return -value if metric in LOWER else value
 
 
 def _val_losses(records: Sequence[Record]) -> list[float]:
-  return [record["val"]["loss"] for record in epochs_of(records)]
+  losses = [record["val"]["loss"] for record in epochs_of(records)]
+  return [math.nan if loss is None else loss for loss in losses]
 
 
 def _means(state: steps.State) -> dict[str, float]:

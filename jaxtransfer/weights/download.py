@@ -13,7 +13,6 @@ from typing import Any
 
 import huggingface_hub
 import tqdm
-from huggingface_hub.utils import WeakFileLock
 
 from jaxtransfer import errors, files
 
@@ -55,7 +54,7 @@ def fetch(
       return _verify(path, path, sha256)
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(exist_ok=True)
-    with WeakFileLock(path.parent / ".lock"):
+    with files.lock(path.parent / ".lock", wait=True):
       if path.exists():
         return _verify(path, path, sha256)
       if source.startswith("hub:"):
@@ -103,7 +102,7 @@ def _verify(
       f"{path}: SHA-256 is {digest}, but it was {expected} {origin}; {what}"
     )
   if seen is not None and key not in seen:
-    with WeakFileLock(first_uses.with_suffix(".lock")):
+    with files.lock(first_uses.with_suffix(".lock"), wait=True):
       files.write_json(first_uses, {**_read_digests(first_uses), key: digest})
   return path
 

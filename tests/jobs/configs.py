@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import pathlib
 
 import ml_collections
@@ -18,6 +19,30 @@ def load(name: str, *arguments: str) -> ml_collections.ConfigDict:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(*arguments)
+
+
+def check_json(path: pathlib.Path) -> int:
+  """Parses every JSON below a directory, as a reader without NaN would.
+
+  Returns:
+    How many files there were.
+  """
+
+  def refuse(constant: str):
+    raise AssertionError(f"{file}: {constant} is not JSON")
+
+  found = 0
+  for file in path.rglob("*"):
+    # Orbax's own metadata has no ending.
+    if not file.is_file() or (
+      file.suffix not in (".json", ".jsonl") and "metadata" not in file.name
+    ):
+      continue
+    text = file.read_text(encoding="utf-8")
+    for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
+      json.loads(part, parse_constant=refuse)
+    found += 1
+  return found
 
 
 def write_tiles(

@@ -276,6 +276,35 @@ def test_thresholds_and_doubts_stand_in_all_that_is_left(finished):
   assert ("more epochs would help" in summary["sentence"]) == late
 
 
+def test_a_score_that_is_no_number_is_null_in_every_file(source, tmp_path):
+  """Validation of which one class alone can be read has no AUROC: the lines,
+  checkpoints, results and the export hold null, which every reader of JSON
+  takes, and the same command goes on from them to the same end."""
+  rows = list(csv.DictReader(source.open()))
+  for i, row in enumerate(rows):
+    row["path"] = str(source.parent / row["path"])
+    row["split"] = "train" if i < 40 else "test" if i < 60 else "val"
+    if row["split"] == "val" and row["label"] == "class 1":
+      row["path"] = str(tmp_path / f"broken{i}.png")
+      pathlib.Path(row["path"]).write_text("no image")
+  with open(tmp_path / "manifest.csv", "w", newline="") as f:
+    writer = csv.DictWriter(f, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  changes = {"epochs": 2, "metric": "auroc", "data.max_failures": 0.9}
+  config = _config(tmp_path / "manifest.csv", **changes)
+  found = []
+  for _ in range(2):
+    assert _run(config, tmp_path / "run") == 1
+    assert configs.check_json(tmp_path / "run") > 6
+    path = tmp_path / "run" / "results.json"
+    found.append(json.loads(path.read_text())["summary"])
+    path.unlink()
+  assert found[0]["epochs"] == found[1]["epochs"]
+  assert [e["val"]["auroc"] for e in found[0]["epochs"]] == [None] * 2
+  assert found[0]["best_epoch"] == found[1]["best_epoch"] == 1
+
+
 def test_the_export_is_the_network_that_was_measured(finished, source):
   """Loaded back by name, cut and head, its decisions on the test split are
   those of the table of confusions."""

@@ -110,6 +110,7 @@ def test_what_a_run_leaves(finished):
     "export",
     "units",
   } <= names
+  assert configs.check_json(finished) > 20
   results = _results(finished)
   methods = {row["method"] for row in results["summary"]["table"]}
   assert "lwft" in methods and "ttl" in methods

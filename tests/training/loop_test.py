@@ -1,5 +1,6 @@
 """The loop: what it chooses, when it ends, and on which devices it goes on."""
 
+import json
 import math
 import signal
 import types
@@ -270,7 +271,26 @@ def test_choosing_the_best_epoch():
   assert best("loss", 0.5, 0.3, 0.7) == 2
   assert best("auroc", math.nan, 0.1) == 2
   assert best("loss", math.nan, math.nan) == 1
+  assert best("auroc", None, 0.1) == 2 and best("loss", None, None) == 1
   assert best("loss") == 0
+
+
+def test_what_is_no_number_decides_the_same_when_it_is_read_back(tmp_path):
+  """JSON has no NaN, so lines and checkpoints hold null: no epoch is best by
+  it, plateau does not take it for a fall of the loss, and a second call, which
+  knows the epochs from the checkpoint alone, ends where the first one did."""
+  scores = [
+    {"loss": math.nan, "auroc": math.nan},
+    {"loss": 1.0, "auroc": 0.6},
+    {"loss": math.inf, "auroc": math.nan},
+  ]
+  once = _fit(tmp_path, epochs=10, schedule="plateau", scores=scores)
+  again = _fit(tmp_path, epochs=10, schedule="plateau")
+  assert once.epoch == again.epoch == 2
+  assert once.records == again.records
+  json.dumps(once.records, allow_nan=False)
+  epochs = loop.epochs_of(once.records)
+  assert [e["val"]["loss"] for e in epochs] == [None, 1.0, None]
 
 
 def test_unreadable_images_are_replaced_for_the_statistics_alone():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pwd
+import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +47,40 @@ def test_nan_is_not_json(tmp_path):
   with pytest.raises(ValueError):
     files.write_json(tmp_path / "a.json", {"value": float("nan")})
   assert not (tmp_path / "a.json").exists()
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+  """What a kill left of the last one goes, and a full disk, here a limit of the
+  process, leaves the lines that were there."""
+  path = tmp_path / "a.jsonl"
+  for line in ("1", "2"):
+    files.append_line(path, line)
+  with open(path, "a") as f:
+    f.write('{"half')
+  files.append_line(path, "3")
+  assert path.read_text() == "1\n2\n3\n"
+  path.write_text("no line break")
+  files.append_line(path, "1")
+  assert path.read_text() == "1\n"
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+  try:
+    with pytest.raises(OSError) as raised:
+      files.append_line(path, "2" * 1000)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert raised.value.filename == str(path) and path.read_text() == "1\n"
+
+
+def test_an_error_names_the_file_and_not_what_is_written_beside_it(tmp_path):
+  path = tmp_path / "missing" / "a.txt"
+  path.parent.write_text("a file where a folder should be")
+  with pytest.raises(OSError):
+    files.write_text(path, "")
+  path = tmp_path / "a.txt"
+  with pytest.raises(OSError) as raised, files.atomic_path(path):
+    raise OSError(28, "No space left on device")
+  assert raised.value.filename == str(path)
 
 
 def test_what_is_no_number_is_null_however_deep_it_lies():

@@ -174,6 +174,70 @@ def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
     xml.etree.ElementTree.parse(path)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of a size that may be changed, where the system lets us have one."""
+  path = tmp_path / "disk"
+  path.mkdir()
+
+  def resize(size, *options):
+    options = ",".join((f"size={size}", *options))
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+  if resize("1m"):
+    pytest.skip("needs the right to mount a disk")
+  yield path, lambda size: resize(size, "remount")
+  subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize(
+  ("job", "network", "size", "file", "changes"),
+  [
+    ("layers", "resnet18", "24k", ".h5", ["network.weights=cifar10-resnet18"]),
+    ("finetune", "resnet18", "200k", "checkpoints", ["epochs=1"]),
+    (
+      "truncate",
+      "cbr_tiny",
+      "200k",
+      "checkpoints",
+      ["taps=block1", "methods=ttl"],
+    ),
+  ],
+)
+def test_a_full_disk_is_one_line_and_what_was_done_stays(
+  tmp_path, small_disk, job, network, size, file, changes
+):
+  """Whichever library was writing; no part of a file takes up the room."""
+  path, resize = small_disk
+  resize(size)
+  (tmp_path / "data").mkdir()
+  common = [
+    f"data={configs.write_tiles(tmp_path / 'data', images=40)}",
+    "network.until=" + {"layers": "layer1", "finetune": "stem"}.get(job, ""),
+    "data.image_size=32",
+    "batch_size=8",
+    "resamples=20",
+  ]
+  if job != "layers":
+    common.append("network.weights=")
+  command = [
+    f"--config={ROOT / 'configs' / job}.py:{network}",
+    f"--workdir={path / 'run'}",
+    *(f"--config.{change}" for change in common + changes),
+  ]
+  done = _run(*command)
+  assert done.returncode == 1, done.stderr
+  (line,) = done.stderr.splitlines()
+  assert "No space left on device" in line and file in line
+  assert "make room" in line and "the same command resumes" in line
+  assert not list(path.rglob("*tmp*"))
+  assert configs.check_json(path) >= 2
+  if job == "finetune":
+    resize("20m")
+    assert _run(*command).returncode == 0
+
+
 def _answers(process, number):
   """Whether a process has a handler of its own for a signal."""
   status = pathlib.Path(f"/proc/{process.pid}/status").read_text()

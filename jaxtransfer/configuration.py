@@ -129,8 +129,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     UsageError: naming the key.
   """
   for key, value in flat(config).items():
-    if isinstance(value, float) and not math.isfinite(value):
-      raise errors.UsageError(f"config.{key} is {value}; it must be a number")
+    # Tuples are of numbers; the flags' parser takes anything for one.
+    several = value if isinstance(value, tuple) else (value,)
+    if (several is value and any(isinstance(x, str) for x in several)) or any(
+      isinstance(x, float) and not math.isfinite(x) for x in several
+    ):
+      raise errors.UsageError(
+        f"config.{key} is {value}; it must be"
+        f" {'numbers' if several is value else 'a number'}"
+      )
   positive(config, "batch_size", "data.image_size")
   one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.

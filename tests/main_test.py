@@ -1,5 +1,6 @@
 """The command line: one line and the right exit code for every mistake."""
 
+import csv
 import json
 import os
 import pathlib
@@ -121,8 +122,8 @@ main.run()
 
 def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
   """Names and classes that no encoding holds, a terminal of ASCII, a notebook's
-  backend, no home: the report is there, each unreadable image is in a line of
-  its own, and the names in splits.json are those that open the files."""
+  backend, no home: the report is there, the unreadable image is named, and the
+  names in splits.json are those that open the files."""
   rng = np.random.default_rng(0)
   classes = (b"caf\xe9", "\u2603 \u0628".encode(), b"a\nb\x1b[2J\x01")
   for number, name in enumerate(classes):
@@ -168,8 +169,9 @@ def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
   assert "could not be read: 1;" in done.stdout
   run = tmp_path / "run"
   assert configs.check_json(run) == 4
-  _, failure = (run / "failures.csv").read_text("utf-8").splitlines()
-  assert failure.startswith(r"a\nb\x1b[2J\x01/11\udcff\r\n.png,")
+  with open(run / "failures.csv", newline="", encoding="utf-8") as file:
+    _, failure = csv.reader(file)
+  assert failure[0] == "a\nb\x1b[2J\x01/11\\udcff\r\n.png"
   names = json.loads((run / "splits.json").read_bytes())["names"]
   assert all((tmp_path / "data" / name).exists() for name in names)
   assert r"caf\udce9" in (run / "report.html").read_text("utf-8")

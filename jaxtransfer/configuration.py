@@ -135,11 +135,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     UsageError: naming the key.
   """
   for key, value in flat(config).items():
-    for number in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(number, float) and not math.isfinite(number):
-        raise errors.UsageError(
-          f"config.{key} is {number}; it must be a finite number"
-        )
+    # Tuples are of numbers; the flags' parser takes anything for one.
+    several = value if isinstance(value, tuple) else (value,)
+    if (several is value and any(isinstance(x, str) for x in several)) or any(
+      isinstance(x, float) and not math.isfinite(x) for x in several
+    ):
+      raise errors.UsageError(
+        f"config.{key} is {value}; it must be"
+        f" {'numbers' if several is value else 'a number'}"
+      )
   one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
   errors.check_range("seed", config.seed, least=0, most=2**32 - 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 def nearest(name: str, names: Iterable[str]) -> str:
   """Returns `; did you mean X?` for the closest of `names`, or nothing."""
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+  close = difflib.get_close_matches(name, list(names), n=1)
   return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -150,12 +150,28 @@ def write_csv(
   header: Sequence[str],
   rows: Iterable[Sequence[Any]],
 ) -> None:
-  """Writes a header and rows as CSV, a line each, atomically."""
-  with atomic_path(path) as temporary:
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
-      writer = csv.writer(f, lineterminator="\n")
-      writer.writerow(header)
-      writer.writerows(map(visible, rows))
+  """Writes a header and rows as CSV, atomically; as `write_text` does."""
+  with (
+    atomic_path(path) as temporary,
+    open(
+      temporary, "w", newline="", encoding="utf-8", errors="backslashreplace"
+    ) as f,
+  ):
+    # Only what may end a line is quoted, and a reader takes more for that than
+    # is written here.
+    writer = csv.writer(_Lines(f), lineterminator="\r\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+class _Lines:
+  """A text file that ends lines in one character."""
+
+  def __init__(self, file: IO[str]):
+    self._file = file
+
+  def write(self, line: str) -> None:
+    self._file.write(line.removesuffix("\r\n") + "\n")
 
 
 def take_lock(file: IO, *, wait: bool, shared: bool = False) -> bool | None:

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import errno
 import importlib
 import pathlib
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxtransfer import configuration, errors, files, hosts, workdir
+from jaxtransfer import configuration, errors, files, hosts, mistakes, workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/ and, after a colon, a network's name."
@@ -61,25 +60,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
     # A config file that could not be loaded says so when it is first used.
     configuration.job_module(_CONFIG.value.job)
     return rest
-  except (KeyError, AttributeError) as e:
-    # ml_collections quotes the unknown key, twice over, and the nearest.
-    near = re.search(r"Did you mean \"(\w+)\"", str(e))
-    unknown = re.search(r"\w+", str(e))
-    hosts.One().end(
-      f"the config has no key {unknown[0] if unknown else e!r}"
-      + (
-        f"; did you mean {near[1]}?"
-        if near
-        else "; the file that --config names lists its keys"
-      ),
-      USAGE,
-    )
-  except (flags.Error, OSError, TypeError, ValueError) as e:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    message = lines[-1].removeprefix("jaxtransfer.errors.UsageError: ")
-    if isinstance(e, FileNotFoundError):
-      message += "; the configs are in configs/ of the clone"
-    hosts.One().end(message, USAGE)
+  # A config file is a program, and may raise anything.
+  except Exception as e:  # noqa: BLE001
+    hosts.One().end(mistakes.explain(argv, e), USAGE)
 
 
 def _join(job: str) -> hosts.Several:

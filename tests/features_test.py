@@ -1,8 +1,10 @@
 """One pass gives all features, whatever the devices, parts and stops."""
 
 import dataclasses
+import gc
 import logging
 import pathlib
+import resource
 
 import jax
 import numpy as np
@@ -87,6 +89,30 @@ def test_rows_are_in_order_for_any_devices_and_number(
       np.testing.assert_allclose(
         found["random-1"].tap(tap)[position], alone[0], rtol=1e-4, atol=1e-5
       )
+  assert found["random-1"].rows().tolist() == images.rows.tolist()
+
+
+@pytest.mark.parametrize("room", [0, 100, 1000, 4000])
+def test_a_part_that_cannot_be_written_is_said_by_the_system(
+  source, tmp_path, capfd, room
+):
+  """HDF5 has addresses in its errors, and ends the process when it cannot close
+  its file: the one line names the part, and with room the pass goes on."""
+  images = _images(source)
+  # Compiled and kept before there is no room for it.
+  _extract(images, tmp_path / "before")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+  try:
+    with pytest.raises(OSError, match="File too large") as raised:
+      _extract(images, tmp_path / "f")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert raised.value.filename.endswith("part-00000-of-00001.h5")
+  gc.collect()
+  assert not [path for path in (tmp_path / "f").rglob("*") if path.is_file()]
+  assert "h5" not in capfd.readouterr().err
+  found = _extract(images, tmp_path / "f")
   assert found["random-1"].rows().tolist() == images.rows.tolist()
 
 

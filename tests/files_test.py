@@ -1,9 +1,11 @@
 """Files appear whole or not at all."""
 
+import csv
 import json
 import math
 import os
 import pwd
+import resource
 import signal
 import subprocess
 import sys
@@ -48,6 +50,40 @@ def test_nan_is_not_json(tmp_path):
   assert not (tmp_path / "a.json").exists()
 
 
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+  """What a kill left of the last one goes, and a full disk, here a limit of the
+  process, leaves the lines that were there."""
+  path = tmp_path / "a.jsonl"
+  for line in ("1", "2"):
+    files.append_line(path, line)
+  with open(path, "a") as f:
+    f.write('{"half')
+  files.append_line(path, "3")
+  assert path.read_text() == "1\n2\n3\n"
+  path.write_text("no line break")
+  files.append_line(path, "1")
+  assert path.read_text() == "1\n"
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+  try:
+    with pytest.raises(OSError) as raised:
+      files.append_line(path, "2" * 1000)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert raised.value.filename == str(path) and path.read_text() == "1\n"
+
+
+def test_an_error_names_the_file_and_not_what_is_written_beside_it(tmp_path):
+  path = tmp_path / "missing" / "a.txt"
+  path.parent.write_text("a file where a folder should be")
+  with pytest.raises(OSError):
+    files.write_text(path, "")
+  path = tmp_path / "a.txt"
+  with pytest.raises(OSError) as raised, files.atomic_path(path):
+    raise OSError(28, "No space left on device")
+  assert raised.value.filename == str(path)
+
+
 def test_what_is_no_number_is_null_however_deep_it_lies():
   """Then every reader of JSON, in any language, takes the file."""
   value = {"a": [1, math.nan, {"b": (math.inf, np.float32("nan"), "x")}]}
@@ -56,16 +92,16 @@ def test_what_is_no_number_is_null_however_deep_it_lies():
 
 def test_any_name_can_be_written_and_read_by_all(tmp_path):
   """Bytes that are no UTF-8, a lone surrogate, line breaks and a terminal's
-  commands: whatever a file system allows. A row of CSV stays one line, and what
-  names files again, JSON, gives back exactly what went in."""
+  commands: whatever a file system allows. CSV is read back with all but what
+  UTF-8 lacks, and what names files again, JSON, gives back what went in."""
   odd = os.fsdecode(b"caf\xe9\xff\n\r\x1b[2J") + "\ud800 \u2603"
   seen = r"caf\udce9\udcff\n\r\x1b[2J\ud800 " + "\u2603"
   assert files.visible({odd: [odd, 1, None]}) == {seen: [seen, 1, None]}
   files.write_csv(tmp_path / "a.csv", ("name", "reason"), [(odd, "broken")])
-  assert (tmp_path / "a.csv").read_text("utf-8").splitlines() == [
-    "name,reason",
-    f"{seen},broken",
-  ]
+  with open(tmp_path / "a.csv", newline="", encoding="utf-8") as f:
+    header, row = csv.reader(f)
+  told = "caf\\udce9\\udcff\n\r\x1b[2J\\ud800 \u2603"
+  assert header == ["name", "reason"] and row == [told, "broken"]
   files.write_text(tmp_path / "a.html", odd)
   assert (tmp_path / "a.html").read_text("utf-8").startswith(r"caf\udce9")
   files.write_json(tmp_path / "a.json", [odd])

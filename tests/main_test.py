@@ -1,5 +1,6 @@
 """The command line: one line and the right exit code for every mistake."""
 
+import csv
 import json
 import os
 import pathlib
@@ -37,11 +38,14 @@ def _run(*arguments):
     ([CONFIG], "--workdir is missing"),
     ([CONFIG, "--workdir=w", "--config.tolerence=0.1"], "tolerance"),
     ([CONFIG, "--workdir=w", "--config.data.sourse=x"], "source"),
-    ([CONFIG, "--workdir=w", "--config.halving=1"], "--config names lists"),
+    ([CONFIG, "--workdir=w", "--config.halving=1"], "a key of truncate"),
     ([CONFIG, "--workdir=w", "--config.seeds=many"], "many"),
     ([CONFIG, "--workdir=w", "--wrkdir=x"], "wrkdir"),
     ([CONFIG, "--workdir=w", "layers"], "'layers'"),
     (["--config=no/such.py", "--workdir=w"], "no/such.py"),
+    (["--config=layers:resnet18", "--workdir=w"], "layers.py:resnet18?"),
+    (["--config=README.md", "--workdir=w"], "README.md, line "),
+    ([CONFIG, "--workdir=w", "--config.strengths=a"], "config.strengths"),
     ([CONFIG, "--workdir=w", "--config.job=layer"], "layer"),
     ([CONFIG, "--workdir=w", "--config.data="], "config.data.source"),
   ],
@@ -146,8 +150,8 @@ main.run()
 
 def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
   """Names and classes that no encoding holds, a terminal of ASCII, a notebook's
-  backend, no home: the report is there, each unreadable image is in a line of
-  its own, and the names in splits.json are those that open the files."""
+  backend, no home: the report is there, the unreadable image is named, and the
+  names in splits.json are those that open the files."""
   rng = np.random.default_rng(0)
   classes = (b"caf\xe9", "\u2603 \u0628".encode(), b"a\nb\x1b[2J\x01")
   for number, name in enumerate(classes):
@@ -193,13 +197,78 @@ def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
   assert "could not be read: 1;" in done.stdout
   run = tmp_path / "run"
   assert configs.check_json(run) == 4
-  _, failure = (run / "failures.csv").read_text("utf-8").splitlines()
-  assert failure.startswith(r"a\nb\x1b[2J\x01/11\udcff\r\n.png,")
+  with open(run / "failures.csv", newline="", encoding="utf-8") as file:
+    _, failure = csv.reader(file)
+  assert failure[0] == "a\nb\x1b[2J\x01/11\\udcff\r\n.png"
   names = json.loads((run / "splits.json").read_bytes())["names"]
   assert all((tmp_path / "data" / name).exists() for name in names)
   assert r"caf\udce9" in (run / "report.html").read_text("utf-8")
   for path in (run / "figures").glob("*.svg"):
     xml.etree.ElementTree.parse(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of a size that may be changed, where the system lets us have one."""
+  path = tmp_path / "disk"
+  path.mkdir()
+
+  def resize(size, *options):
+    options = ",".join((f"size={size}", *options))
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+  if resize("1m"):
+    pytest.skip("needs the right to mount a disk")
+  yield path, lambda size: resize(size, "remount")
+  subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize(
+  ("job", "network", "size", "file", "changes"),
+  [
+    ("layers", "resnet18", "24k", ".h5", ["network.weights=cifar10-resnet18"]),
+    ("finetune", "resnet18", "200k", "checkpoints", ["epochs=1"]),
+    (
+      "truncate",
+      "cbr_tiny",
+      "200k",
+      "checkpoints",
+      ["taps=block1", "methods=ttl"],
+    ),
+  ],
+)
+def test_a_full_disk_is_one_line_and_what_was_done_stays(
+  tmp_path, small_disk, job, network, size, file, changes
+):
+  """Whichever library was writing; no part of a file takes up the room."""
+  path, resize = small_disk
+  resize(size)
+  (tmp_path / "data").mkdir()
+  common = [
+    f"data={configs.write_tiles(tmp_path / 'data', images=40)}",
+    "network.until=" + {"layers": "layer1", "finetune": "stem"}.get(job, ""),
+    "data.image_size=32",
+    "batch_size=8",
+    "resamples=20",
+  ]
+  if job != "layers":
+    common.append("network.weights=")
+  command = [
+    f"--config={ROOT / 'configs' / job}.py:{network}",
+    f"--workdir={path / 'run'}",
+    *(f"--config.{change}" for change in common + changes),
+  ]
+  done = _run(*command)
+  assert done.returncode == 1, done.stderr
+  (line,) = done.stderr.splitlines()
+  assert "No space left on device" in line and file in line
+  assert "make room" in line and "the same command resumes" in line
+  assert not list(path.rglob("*tmp*"))
+  assert configs.check_json(path) >= 2
+  if job == "finetune":
+    resize("20m")
+    assert _run(*command).returncode == 0
 
 
 def _answers(process, number):

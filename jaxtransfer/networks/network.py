@@ -153,18 +153,48 @@ class Network(nnx.Module):
     """
     layer = dict(self.aliases).get(tap, tap)
     if layer not in self.layer_names:
-      known = [*dict(self.aliases), *self.layer_names]
-      raise unknown_layer(self.name, tap, known)
+      aliases = dict(self.aliases)
+      raise unknown_layer(self.name, tap, self.layer_names, aliases)
     return layer
 
 
+def stage_names(
+  names: Sequence[str], aliases: Mapping[str, str]
+) -> tuple[str, ...]:
+  """Returns the ends of a network's stages, in order.
+
+  Args:
+    names: of its layers.
+    aliases: a stage's name -> the name of its last layer.
+  """
+  stages = {layer: alias for alias, layer in aliases.items()}
+  return tuple(
+    stages.get(layer, layer)
+    for layer in names
+    if "." not in layer or layer in stages
+  )
+
+
 def unknown_layer(
-  network: str, tap: str, known: Sequence[str]
+  network: str, tap: str, names: Sequence[str], aliases: Mapping[str, str]
 ) -> errors.UsageError:
-  """Returns the error for a layer name that a network does not have."""
+  """Returns the error for a layer name that a network does not have.
+
+  It says how this network's layers are called, because most often the name is
+  that of another family.
+
+  Args:
+    network: its name.
+    tap: which it has not.
+    names: of its layers.
+    aliases: as for `stage_names`.
+  """
+  inside = [name for name in names if "." in name][:1]
   return errors.UsageError(
-    f"{network} has no layer {tap!r}{errors.nearest(tap, known)}"
-    f" (layers: {known[0]} ... {known[-1]})"
+    f"{network} has no layer {tap!r}{errors.nearest(tap, [*aliases, *names])}"
+    f" (its stages are {', '.join(stage_names(names, aliases))}"
+    + "".join(f"; in them, layers such as {name}" for name in inside)
+    + ")"
   )
 
 

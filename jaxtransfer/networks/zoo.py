@@ -11,7 +11,11 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import cbr, densenet, resnet
-from jaxtransfer.networks.network import Network, unknown_layer
+from jaxtransfer.networks.network import (
+  Network,
+  stage_names,
+  unknown_layer,
+)
 
 _FAMILIES = {"resnet": resnet, "densenet": densenet, "cbr": cbr}
 
@@ -139,15 +143,10 @@ def select_taps(
     UsageError: an unknown network or layer, or one beyond `until`.
   """
   network = build(name, until=until)
-  stages = {layer: alias for alias, layer in network.aliases}
   if taps == "layers":
     return network.layer_names
   if taps == "blocks":
-    return tuple(
-      stages.get(layer, layer)
-      for layer in network.layer_names
-      if "." not in layer or layer in stages
-    )
+    return stage_names(network.layer_names, dict(network.aliases))
   wanted: dict[str, str] = {}
   for tap in filter(None, map(str.strip, taps.split(","))):
     wanted.setdefault(network.resolve(tap), tap)
@@ -199,10 +198,10 @@ def build(
   aliases = module.aliases(spec)
   last = names[-1] if until is None else aliases.get(until, until)
   if last not in names:
-    raise unknown_layer(name, until, [*aliases, *names])
+    raise unknown_layer(name, until, names, aliases)
   full = None if slim_after is None else aliases.get(slim_after, slim_after)
   if full is not None and full not in names:
-    raise unknown_layer(name, slim_after, [*aliases, *names])
+    raise unknown_layer(name, slim_after, names, aliases)
   if full is not None and names.index(full) >= names.index(last):
     raise errors.UsageError(
       f"slim_after={slim_after!r}: nothing after it in {name}, which ends with"

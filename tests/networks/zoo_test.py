@@ -215,8 +215,18 @@ def test_taps_answer_under_the_names_and_in_the_order_asked():
     (lambda: zoo.build("densenet121", slim_after="norm5"), "nothing after it"),
     (
       lambda: zoo.build("densenet121", until="layer3"),
-      "densenet121 has no layer 'layer3'",
+      "densenet121 has no layer 'layer3' (its stages are stem, denseblock1,",
     ),
+    (
+      lambda: zoo.build("densenet121", slim_after="layer1.1"),
+      "transition1, denseblock2, transition2, denseblock3, transition3,"
+      " denseblock4, norm5; in them, layers such as denseblock1.denselayer1)",
+    ),
+    (
+      lambda: zoo.select_taps("resnet18", "stem,denseblock1"),
+      "'denseblock1' (its stages are stem, layer1, layer2, layer3, layer4; in",
+    ),
+    (lambda: zoo.build("cbr_tiny", until="layer1"), "(its stages are block1,"),
     (
       lambda: drawn("resnet18").taps(images(), ["layer1", "layr2"]),
       "did you mean 'layer2'",

@@ -276,15 +276,19 @@ def full_disk():
   resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_said_and_the_one_before_stays(saved, full_disk):
-  """Writing goes on in the background; whoever waits for it is told."""
+def test_a_full_disk_is_said_and_the_one_before_stays(saved, full_disk, capfd):
+  """Writing goes on in the background; whoever waits for it is told, in one
+  line, and nothing that was begun is left to take up the room."""
   noise = np.random.default_rng(0).normal(size=(300, 7000))
   with (
-    pytest.raises(errors.RunError, match="the one before is intact"),
+    pytest.raises(errors.RunError, match="the one before is intact") as raised,
     checkpoints.Checkpoints(saved, keep=2) as kept,
   ):
     tree = {**_tree(4), "params": {"layers.0.kernel": noise}}
     kept.save(4, tree, _place(4), [], "")
     kept.wait()
+  assert "(File too large)" in str(raised.value)
+  assert {path.name for path in saved.iterdir()} == {"2", "3"}
+  assert capfd.readouterr().err == ""
   found, notes = _restore(saved)
   assert found.tree["step"] == 3 and not notes

@@ -1,0 +1,313 @@
+"""What is wrong with a command line, and what was probably meant: one line."""
+
+import difflib
+import pathlib
+import re
+import runpy
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from jaxtransfer import configuration
+from jaxtransfer.errors import UsageError
+
+# What other tools call our keys, by the last part of their name.
+_CALLED = {
+  "optimiser.learning_rate": "lr base_lr init_lr max_lr",
+  "optimiser.weight_decay": "wd decay l2",
+  "optimiser.name": "opt optim optimiser",
+  "optimiser.clip_norm": (
+    "clip clip_grad grad_clip gradient_clip_val max_grad_norm"
+  ),
+  "schedule.name": "sched schedule scheduler lr_scheduler lr_schedule",
+  "schedule.warmup_epochs": "warmup",
+  "schedule.factor": "gamma lr_decay",
+  "loss.label_smoothing": "smoothing",
+  "loss.class_weights": "class_weight weighted balanced",
+  "batch_size": "bs batch batchsize train_batch_size",
+  "epochs": "epoch max_epochs num_epochs n_epochs",
+  "patience": "early_stop early_stopping",
+  "accumulate": (
+    "accum grad_accum accumulation accumulate_grad_batches"
+    " gradient_accumulation_steps"
+  ),
+  "average": "ema ema_decay model_ema",
+  "dtype": "precision amp fp16 bf16 half mixed_precision",
+  "seed": "random_seed random_state manual_seed",
+  "seeds": "n_seeds num_seeds repeats",
+  "folds": "fold kfold k_folds n_folds num_folds n_splits cv",
+  "metric": "monitor score scoring",
+  "resamples": "bootstrap bootstraps n_bootstrap n_resamples",
+  "many_labels": "multilabel multi_label",
+  "log_steps": "log_every log_interval print_freq",
+  "checkpoint_steps": "save_every save_freq save_steps",
+  "checkpoints": "keep save_total_limit",
+  "train_from": "freeze freeze_until frozen unfreeze",
+  "network.name": "model arch architecture backbone encoder net model_name",
+  "network.weights": "pretrained weight checkpoint ckpt init",
+  "network.until": "cut layer truncate last_layer stop_at",
+  "data.source": (
+    "dataset data_dir data_path data_root root csv manifest path images"
+  ),
+  "data.image_size": (
+    "img_size imgsize input_size size resolution crop_size tile_size patch_size"
+  ),
+  "data.workers": "num_workers n_workers n_jobs threads",
+  "data.split_fractions": "split splits val_split test_split test_size",
+  "data.few_shot": "shots n_shot shot",
+  "augment.flip_horizontal": "flip hflip horizontal_flip",
+  "augment.flip_vertical": "vflip vertical_flip",
+  "augment.quarter_turns": "rotate rotation rot90",
+}
+_KEY_CALLED = {
+  other: key for key, others in _CALLED.items() for other in others.split()
+}
+_GROUP_CALLED = {
+  "model": "network",
+  "dataset": "data",
+  "dataloader": "data",
+  "optimizer": "optimiser",
+  "optim": "optimiser",
+  "scheduler": "schedule",
+  "lr_scheduler": "schedule",
+  "criterion": "loss",
+  "augmentation": "augment",
+  "transforms": "augment",
+}
+_WORKDIR_CALLED = (
+  *("workdir", "out", "output", "out_dir", "output_dir"),
+  *("save_dir", "logdir", "log_dir"),
+)
+_FLAGS = ("config", "workdir", "distributed")
+_VALUES = {
+  bool: "True or False",
+  int: "a whole number",
+  float: "a number",
+  tuple: "numbers with commas between them",
+}
+
+
+def explain(argv: Sequence[str], error: Exception) -> str:
+  """Says in one line why flags could not be parsed.
+
+  Args:
+    argv: the command line.
+    error: what parsing it raised.
+  """
+  if isinstance(error, UsageError):
+    return str(error)
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return f"unknown flag --{error.flagname}{_flag(argv, error.flagname)}"
+  given = _given(argv)
+  if given is not None:
+    try:
+      config = load(given)
+    except UsageError as e:
+      return str(e)
+    file = pathlib.Path(given.partition(":")[0])
+    keys = configuration.flat(config)
+    for name in _overrides(argv):
+      group = any(key.startswith(f"{name}.") for key in keys)
+      if name not in keys and not group:
+        return _unknown(name, config, file)
+      value = re.search(rf"--config\.{name}=(.*?): ", str(error), re.DOTALL)
+      if value:
+        return _wrong(name, value[1], keys)
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[-1] if lines else type(error).__name__
+
+
+def load(given: str) -> ml_collections.ConfigDict:
+  """Reads a config as `--config` names it.
+
+  Args:
+    given: the file's path and, after a colon, what its get_config takes.
+
+  Raises:
+    UsageError: there is no such file, or it gives no config; with its line.
+  """
+  file, *argument = given.split(":", 1)
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise UsageError(
+      f"--config={given}: there is no file {file!r}"
+      + _other_file(path, argument)
+    )
+  try:
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if not callable(get_config):
+      raise UsageError(
+        f"{path} has no function get_config, which returns the config; see"
+        " configs/ of the clone"
+      )
+    config = get_config(*argument)
+  except UsageError:
+    raise
+  except SyntaxError as e:
+    raise UsageError(f"{e.filename}, line {e.lineno}: {e.msg}") from None
+  except Exception as e:
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(e.__traceback__)
+      if frame.filename == str(path)
+    ]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    said = (str(e).splitlines() or [""])[0]
+    raise UsageError(f"{where}: {type(e).__name__}: {said}") from None
+  if not isinstance(config, ml_collections.ConfigDict) or "job" not in config:
+    raise UsageError(
+      f"{path}: get_config must return a ConfigDict with a key job; see"
+      " configs/ of the clone"
+    )
+  return config
+
+
+def _given(argv: Sequence[str]) -> str | None:
+  """Returns the value of --config, None where it is not there."""
+  for i, argument in enumerate(argv):
+    found = re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL)
+    if found:
+      return found[2] if found[1] else "".join(argv[i + 1 : i + 2])
+  return None
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+  """Returns the key of every --config.key=value."""
+  found = [re.match(r"--?(?:no)?config\.([^=]+)", text) for text in argv]
+  return [match[1] for match in found if match]
+
+
+def _other_file(path: pathlib.Path, argument: Sequence[str]) -> str:
+  """Says which file may have been meant in place of one that is not there."""
+  ours = pathlib.Path(__file__).parents[1] / "configs"
+  rest = "".join(f":{a}" for a in argument)
+  for folder in (path.parent, pathlib.Path("configs"), ours):
+    found = {f.stem: f for f in sorted(folder.glob("*.py"))}
+    # Any folder has some file; that of the configs is known by one.
+    if "layers" not in found:
+      continue
+    near = difflib.get_close_matches(path.stem, found, n=1)
+    if near:
+      return f"; did you mean --config={found[near[0]]}{rest}?"
+    return (
+      f"; in {folder} are {', '.join(found)}, as in"
+      f" --config={found['layers']}:resnet50"
+    )
+  return "; the configs are in configs/ of the clone"
+
+
+def _flag(argv: Sequence[str], name: str) -> str:
+  """Says which flag, or which key of the config, may have been meant."""
+  near = difflib.get_close_matches(name, _FLAGS, n=1)
+  if near or name in _WORKDIR_CALLED:
+    return f"; did you mean --{near[0] if near else 'workdir'}?"
+  given = _given(argv)
+  if given is not None:
+    try:
+      keys = configuration.flat(load(given))
+    except UsageError:
+      return ""
+    meant = _meant(name, keys) or _near(name, keys)
+    if meant:
+      return f"; did you mean --config.{meant}?"
+  return "; a key of the config is given as --config.key=value"
+
+
+def _unknown(
+  key: str, config: ml_collections.ConfigDict, file: pathlib.Path
+) -> str:
+  """Says of a key that the config has not which one may have been meant."""
+  said = f"the config has no key {key}"
+  if key in _WORKDIR_CALLED:
+    return f"{said}; did you mean the flag --workdir?"
+  keys, jobs = configuration.flat(config), _jobs(file.parent)
+  jobs.pop(config.job, None)
+  elsewhere = sorted({k for others in jobs.values() for k in others})
+  for of_this, other in (
+    ("", key if key in elsewhere else ""),
+    (_meant(key, keys), _meant(key, elsewhere)),
+    (_near(key, keys), _near(key, elsewhere)),
+  ):
+    if of_this:
+      return f"{said}; did you mean {of_this}?"
+    if other:
+      having = [job for job, others in jobs.items() if other in others]
+      it = "it" if other == key else other
+      return (
+        f"{said}: {it} is a key of {' and '.join(having)}, not of {config.job}"
+      )
+  return f"{said}; the file that --config names lists its keys"
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+  """Returns what a key of another tool, or half of one of ours, stands for."""
+  known = list(known)
+  *groups, last = key.lower().replace("-", "_").split(".")
+  groups = [_GROUP_CALLED.get(group, group) for group in groups]
+  ours = ".".join([*groups, last])
+  if ours in known:
+    return ours
+  called = _KEY_CALLED.get(_GROUP_CALLED.get(last, last), "")
+  called = _KEY_CALLED.get(last, called)
+  if called in known:
+    return called
+  ending = [k for k in known if k.rpartition(".")[2] == last]
+  same = [k for k in ending if groups and k.startswith(f"{groups[-1]}.")]
+  return " or ".join(same or ending)
+
+
+def _near(key: str, known: Iterable[str]) -> str:
+  """Returns the key that is spelled most like one, if any is much."""
+  known = list(known)
+  near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+  if not near:
+    # Only what stands after the last dot may be misspelled, in another group.
+    lasts = {k.rpartition(".")[2]: k for k in known}
+    last = key.rpartition(".")[2]
+    near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.8)
+    near = [lasts[name] for name in near]
+  return near[0] if near else ""
+
+
+def _jobs(folder: pathlib.Path) -> dict[str, set[str]]:
+  """Returns job -> keys, as the configs beside the one given set them.
+
+  They are read and not run: somebody else's file may lie there.
+  """
+  found: dict[str, set[str]] = {}
+  for path in sorted(folder.glob("*.py")):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    job = re.search(r"configuration\.shared\(\"(\w+)\"", text)
+    if not job:
+      continue
+    config = configuration.shared(job[1], "")
+    if "configuration.training(" in text:
+      configuration.training(config)
+    found[job[1]] = {
+      *configuration.flat(config),
+      *re.findall(r"^ +config\.([\w.]+) =", text, re.MULTILINE),
+    }
+  return found
+
+
+def _wrong(key: str, value: str, keys: Mapping[str, Any]) -> str:
+  """Says what kind of value a key takes, in place of one it does not take."""
+  if value.startswith("--"):
+    return f"--config.{key} has no value; give it as --config.{key}=VALUE"
+  said = f"config.{key} is {value!r}"
+  if key not in keys:
+    inner = [k for k in keys if k.startswith(f"{key}.")]
+    meant = _KEY_CALLED.get(key, f"{key}.name")
+    near = f"; did you mean config.{meant}?" if meant in inner else ""
+    return f"{said}, but it is a group of keys ({', '.join(inner)}){near}"
+  kind = _VALUES.get(type(keys[key]), "text")
+  return f"{said}; it must be {kind}, e.g. {_example(keys[key])}"
+
+
+def _example(value: Any) -> str:
+  if isinstance(value, tuple):
+    return ",".join(f"{number:g}" for number in value)
+  return str(value)

@@ -442,7 +442,7 @@ def _searched(
   for one in sorted(search, key=lambda s: s.stage):
     units = bench.units(one.method, one.cut)
     params, macs = zoo.count(
-      bench.network(units[0]), config.data.image_size, head=True
+      bench.built(units[0]), config.data.image_size, head=True
     )
     interval = (np.nan, np.nan)
     if one.stopped is None:
@@ -584,6 +584,7 @@ def _unreadable(bench: "_Bench") -> dict[str, str]:
 
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
   config = bench.config
+  print(f"timing {len(rows)} networks", flush=True)
   return costs.measure(
     [bench.network(row.units[0]) for row in rows],
     bench.devices,
@@ -706,25 +707,38 @@ class _Bench:
       stopped = f"{len(failed)} of {len(units)} trainings failed"
     return Searched(method, stage, cut, values, stopped)
 
+  def built(self, unit: Unit) -> Network:
+    """Makes a unit's network without its values, for what is counted."""
+    name, settings = self._shape(unit)
+    return zoo.build(name, **settings)
+
   def network(self, unit: Unit) -> Network:
     """Makes a unit's network as its training begins."""
+    name, settings = self._shape(unit)
+    return loading.create_model(
+      name,
+      seed=self.config.seed + unit.repeat,
+      weights=self.source if unit.weights == PRETRAINED else self.random,
+      **settings,
+    )
+
+  def _shape(self, unit: Unit) -> tuple[str, dict[str, Any]]:
+    """Returns the zoo's name of a unit's network, and how it is built."""
     config, whole = self.config, unit.cut == self.plan.whole
     settings = {
       "num_classes": len(self.data[0].names),
-      "seed": config.seed + unit.repeat,
       "dtype": jnp.dtype(config.dtype),
       "flatten": (
         config.data.image_size if config.network.head == "flatten" else None
       ),
-      "weights": self.source if unit.weights == PRETRAINED else self.random,
     }
-    if unit.method in METHODS:
-      cuts = unit.method in ("ttl", "fat") and not whole
-      settings["until"] = unit.cut if cuts else self.plan.until
+    if unit.method not in METHODS:
+      return unit.method, settings
+    cuts = unit.method in ("ttl", "fat") and not whole
+    settings["until"] = unit.cut if cuts else self.plan.until
     if unit.method == "tf":
       settings["slim_after"] = unit.cut
-    name = self.plan.network if unit.method in METHODS else unit.method
-    return loading.create_model(name, **settings)
+    return self.plan.network, settings
 
   def training(self, unit: Unit, network: Network) -> trial.Trial:
     """Returns a unit's training."""

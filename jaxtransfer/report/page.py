@@ -25,6 +25,7 @@ _CONTENT: dict[str, Callable[[Mapping[str, Any], Measurements], Content]] = {
 }
 
 _INLINE_ROWS = 500
+_HEADLINE = 200  # characters; more are no longer read in large letters
 _LISTED = 20
 _NARROW = 7  # inches; a narrower figure has its caption beside it
 
@@ -46,6 +47,10 @@ h1 { margin: .1rem 0 1rem; font-size: 1.15rem; font-weight: 600; }
   margin: 0 0 .75rem; font-size: clamp(1.35rem, 1rem + 1.8vw, 2.1rem);
   line-height: 1.25; font-weight: 650; letter-spacing: -.01em;
   text-wrap: pretty;
+}
+.sentence.long {
+  max-width: 58rem; font-size: 1.2rem; line-height: 1.45; font-weight: 600;
+  letter-spacing: 0;
 }
 .rule { margin: 0 0 1rem; max-width: 46rem; color: #444; }
 .notes {
@@ -218,7 +223,11 @@ def _header(job: str, title: str, summary: Mapping[str, Any]) -> Html:
     "header",
     tag("p", f"jaxtransfer · {job}", class_="kind"),
     tag("h1", title),
-    tag("p", sentence.replace(" %", "\u00a0%"), class_="sentence"),
+    tag(
+      "p",
+      sentence.replace(" %", "\u00a0%"),
+      class_="sentence long" if len(sentence) > _HEADLINE else "sentence",
+    ),
     tag("p", f"In brackets: {interval}.", class_="rule") if interval else None,
     tag("p", f"How this was decided: {rule}", class_="rule") if rule else None,
   )

@@ -142,7 +142,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     ):
       raise errors.UsageError(
         f"config.{key} is {value}; it must be"
-        f" {'numbers' if several is value else 'a number'}"
+        f" {'finite numbers' if several is value else 'a finite number'}"
       )
   one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.

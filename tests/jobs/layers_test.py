@@ -82,7 +82,7 @@ def _select(results, **said):
 def test_it_leaves_what_the_design_names(finished):
   for name in ("config.json", "metrics.jsonl", "report.html", "splits.json"):
     assert (finished / name).stat().st_size > 0
-  assert configs.check_json(finished) == 4
+  assert configs.check_json(finished) == 5
   with open(finished / "results.csv") as f:
     rows = list(csv.DictReader(f))
   assert len(rows) == len(_results(finished)["measurements"])

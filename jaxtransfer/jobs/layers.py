@@ -109,7 +109,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     config, examples, workdir.path / "splits.json"
   )
   # After the images, because it may download.
-  source = loading.resolve_weights(plan.network, config.network.weights)
+  source = loading.resolve_weights(
+    plan.network, config.network.weights, config.network.prefix
+  )
+  notes = [*notes, *source.notes]
   if source.slim_after:
     raise errors.UsageError(
       f"{source.path} holds layers of half the width after"

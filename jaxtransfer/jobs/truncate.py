@@ -163,7 +163,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
   data = _open(config, plan, workdir.path / "splits.json")
-  source = loading.resolve_weights(plan.network, config.network.weights or None)
+  source = loading.resolve_weights(
+    plan.network, config.network.weights or None, config.network.prefix
+  )
   bench = _Bench(config, plan, devices, data, source, workdir.path)
   # A batch that is too large or weights that do not fit are said now.
   first = Unit("ttl", plan.whole, bench.began_with, 0)
@@ -178,7 +180,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
-  for note in data[0].notes:
+  for note in [*data[0].notes, *source.notes]:
     print(note, flush=True)
   search = _search(bench)
   rows = _rows(bench, search)
@@ -583,6 +585,7 @@ def _report(
       },
       "notes": [
         *data.notes,
+        *bench.source.notes,
         *trial.doubts(of_auroc["mean"], of_auroc["low"]),
       ],
       "image_size": config.data.image_size,

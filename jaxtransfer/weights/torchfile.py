@@ -3,8 +3,8 @@
 A `.pth` is a pickle beside raw buffers, and a pickle is a program. The
 interpreter here walks its opcodes itself: a global is never imported, and a
 call reaches only the few inert functions of this file, which return plain
-containers, numbers and descriptions of tensors. Whatever else a file names is
-refused by that name.
+containers, numbers and descriptions of tensors. Whatever else a file names
+becomes a placeholder that holds the name and does nothing.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import pickletools
 import posixpath
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -74,37 +74,6 @@ _STORAGES = {
   "ComplexDoubleStorage": "complex128",
 }
 
-# What training frameworks leave beside the weights: accepted, and replaced by
-# a placeholder that holds a name and does nothing.
-_IGNORED_PACKAGES = (
-  "pytorch_lightning.",
-  "lightning.",
-  "lightning_fabric.",
-  "torchmetrics.",
-  "omegaconf.",
-  "numpy.core.multiarray.",
-  "numpy._core.multiarray.",
-)
-_IGNORED_NAMES = frozenset(
-  f"{module}.{name}"
-  for module, names in {
-    "argparse": ("Namespace",),
-    "_codecs": ("encode",),
-    "copyreg": ("_reconstructor",),
-    "builtins": (
-      *("object", "int", "float", "complex", "bool", "str", "bytes"),
-      *("bytearray", "list", "tuple", "dict", "set", "frozenset", "range"),
-      "slice",
-    ),
-    "pathlib": ("Path", "PurePath", "PosixPath", "PurePosixPath")
-    + ("WindowsPath", "PureWindowsPath"),
-    "numpy": ("dtype", "ndarray"),
-    "torch": ("device", "Tensor", "strided", "memory_format"),
-    "torch.nn.parameter": ("Parameter",),
-    "torch.serialization": ("_get_layout",),
-  }.items()
-  for name in names
-)
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -123,15 +92,50 @@ class StoredTensor:
   read: Callable[[], np.ndarray]
 
 
+class Checkpoint(dict[str, StoredTensor]):
+  """A checkpoint's tensors by name, and what else it says.
+
+  A tensor inside nested dicts is named by their keys, the last of them after a
+  slash (`state_dict/conv1.weight`).
+
+  Attributes:
+    foreign: {name: what it is} of the objects that are not rebuilt.
+    said: {key: text} that the file says of itself.
+  """
+
+  def __init__(
+    self,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    foreign: Mapping[str, str] | None = None,
+    said: Mapping[str, str] | None = None,
+  ):
+    super().__init__(tensors)
+    self.foreign = dict(foreign or {})
+    self.said = dict(said or {})
+
+
 class _Refused(Exception):
   """Why a file is not read; the message completes `<path>: `."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class _Placeholder:
-  """Stands for an object that is not rebuilt."""
+  """Stands for an object that is not rebuilt.
+
+  Attributes:
+    name: of the class or function that would make it.
+    is_model: whether its state is that of a torch module.
+  """
 
   name: str
+  is_model: bool = False
+
+  def __str__(self) -> str:
+    name = printable(self.name)
+    if self.is_model:
+      return f"a whole pickled model; save model.state_dict() (it is a {name})"
+    return f"made by {name}, which is never run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,32 +174,33 @@ class _View:
   strides: tuple[int, ...]
 
 
-def read_torch_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+def read_torch_file(path: pathlib.Path) -> Checkpoint:
   """Lists the tensors of a torch file; their numbers are read on demand.
 
   Args:
     path: a file of `torch.save`, in the zip format or the one before it.
 
   Returns:
-    {name: tensor}; a tensor inside nested dicts is named by their keys, the
-    last of them after a slash (`state_dict/conv1.weight`).
+    Its tensors, the names of objects beside them, and the texts in it.
 
   Raises:
-    UsageError: the file is damaged, cut short, or holds anything but tensors,
-      containers and numbers.
+    UsageError: the file is damaged, cut short, or holds no tensors but only
+      objects that are not rebuilt.
 
   Source: torch/serialization.py, `_legacy_load` and `_load`.
   """
   with open(path, "rb") as f:
     is_zip = f.read(4) == ZIP_MAGIC
   try:
-    tree, read_storage = _open_zip(path) if is_zip else _open_legacy(path)
-    if not isinstance(tree, dict):
-      raise _Refused("holds no dict of tensors")
-    return {
-      name: _stored(path, view, read_storage)
-      for name, view in _tensors_of(tree).items()
-    }
+    contents, read_storage = _open_zip(path) if is_zip else _open_legacy(path)
+    return Checkpoint(
+      {
+        name: _stored(path, view, read_storage)
+        for name, view in contents.views.items()
+      },
+      foreign={name: str(what) for name, what in contents.foreign.items()},
+      said=contents.said,
+    )
   except _Refused as refusal:
     raise errors.UsageError(f"{path}: {refusal}") from None
 
@@ -225,8 +230,28 @@ def _stored(
   return StoredTensor(view.shape, dtype, read)
 
 
-def _tensors_of(tree: Any) -> dict[str, _View]:
-  found: dict[str, _View] = {}
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+  """What a file's pickle comes to: tensors and placeholders by name, texts."""
+
+  views: dict[str, _View]
+  foreign: dict[str, _Placeholder]
+  said: dict[str, str]
+
+
+def _contents_of(tree: Any) -> _Contents:
+  """Walks nested containers.
+
+  Raises:
+    _Refused: there are no tensors, but objects that are not rebuilt.
+  """
+  if isinstance(tree, _Placeholder):
+    what = "" if tree.is_model else "holds no dict of tensors; it is "
+    raise _Refused(f"{what}{tree}")
+  if not isinstance(tree, dict):
+    raise _Refused("holds no dict of tensors")
+  views: dict[str, _View] = {}
+  foreign: dict[str, _Placeholder] = {}
   seen: set[int] = set()
   waiting: list[tuple[str, Any]] = [("", tree)]
   while waiting:
@@ -246,15 +271,34 @@ def _tensors_of(tree: Any) -> dict[str, _View]:
     for key, value in items:
       name = f"{container}/{key}" if container else key
       if isinstance(value, _View):
-        found[name] = value
+        views[name] = value
+      elif isinstance(value, _Placeholder):
+        foreign[name] = value
       elif isinstance(value, dict | list | tuple):
         waiting.append((name, value))
+  if foreign and not views:
+    name = min(foreign, key=lambda n: not foreign[n].is_model)
+    raise _Refused(f"holds no tensors; {printable(name)} is {foreign[name]}")
+  return _Contents(views, foreign, _texts_of(tree))
+
+
+# Where training scripts keep what they were called with.
+_SETTINGS = ("args", "config", "hyper_parameters", "hparams", "opt")
+
+
+def _texts_of(tree: dict[Any, Any]) -> dict[str, str]:
+  """Returns the texts beside the tensors: an architecture's name and such."""
+  found: dict[str, str] = {}
+  for part in (*(tree.get(key) for key in _SETTINGS), tree):
+    for key, value in part.items() if isinstance(part, dict) else ():
+      if isinstance(key, str) and isinstance(value, str):
+        found[key] = value
   return found
 
 
 def _open_zip(
   path: pathlib.Path,
-) -> tuple[Any, Callable[[_Storage], bytes]]:
+) -> tuple[_Contents, Callable[[_Storage], bytes]]:
   try:
     archive = zipfile.ZipFile(path)
   except _ZIP_ERRORS:
@@ -277,7 +321,9 @@ def _open_zip(
   if entries[pickles[0]].file_size > _MAX_PICKLE_BYTES:
     raise _Refused("its pickle is larger than any state dict's")
 
-  def persistent(saved: Any) -> _Storage:
+  def persistent(saved: Any) -> _Storage | _Placeholder:
+    if (foreign := _foreign_of(saved)) is not None:
+      return foreign
     storage, _ = _storage_of(saved, fields=5)
     entry = entries.get(posixpath.join(root, "data", storage.key))
     if entry is None:
@@ -301,7 +347,7 @@ def _open_zip(
     return last[storage.key]
 
   stream = io.BytesIO(_read_entry(archive, entries[pickles[0]]))
-  return _interpret(stream, persistent), read_storage
+  return _contents_of(_interpret(stream, persistent)), read_storage
 
 
 def _check_entries(
@@ -312,17 +358,17 @@ def _check_entries(
   for entry in archive.infolist():
     name = entry.filename
     if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-      raise _Refused(f"a zip entry has the unsafe path {_printable(name)}")
+      raise _Refused(f"a zip entry has the unsafe path {printable(name)}")
     if name in entries:
-      raise _Refused(f"holds the zip entry {_printable(name)} twice")
+      raise _Refused(f"holds the zip entry {printable(name)} twice")
     if entry.flag_bits & 1:
-      raise _Refused(f"the zip entry {_printable(name)} is encrypted")
+      raise _Refused(f"the zip entry {printable(name)} is encrypted")
     if (
       entry.compress_type != zipfile.ZIP_STORED
       or entry.compress_size != entry.file_size
     ):
       raise _Refused(
-        f"the zip entry {_printable(name)} is compressed, which torch never"
+        f"the zip entry {printable(name)} is compressed, which torch never"
         " does; refused"
       )
     entries[name] = entry
@@ -342,22 +388,26 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
   except _ZIP_ERRORS as error:
     what = "wrong checksum" if "CRC" in str(error) else "damaged"
     raise _Refused(
-      f"{_printable(entry.filename)}: {what}; get the file again"
+      f"{printable(entry.filename)}: {what}; get the file again"
     ) from None
   if len(data) != entry.file_size:
-    raise _Refused(f"{_printable(entry.filename)}: cut short")
+    raise _Refused(f"{printable(entry.filename)}: cut short")
   return data
 
 
 def _open_legacy(
   path: pathlib.Path,
-) -> tuple[Any, Callable[[_Storage], bytes]]:
+) -> tuple[_Contents, Callable[[_Storage], bytes]]:
   storages: dict[str, _Storage] = {}
 
-  def persistent(saved: Any) -> _Storage:
+  def persistent(saved: Any) -> _Storage | _Placeholder:
+    if (foreign := _foreign_of(saved)) is not None:
+      if saved[0] == "storage":
+        raise _Refused(f"holds numbers of an unknown type, {foreign}")
+      return foreign
     storage, view = _storage_of(saved, fields=6)
     if storages.setdefault(storage.key, storage) != storage:
-      raise _Refused(f"storage {_printable(storage.key)} has two sizes")
+      raise _Refused(f"storage {printable(storage.key)} has two sizes")
     if view is None:
       return storage
     start, size = _integers(view[1:])
@@ -377,20 +427,20 @@ def _open_legacy(
     system = _interpret(f, persistent)
     if isinstance(system, dict) and system.get("little_endian") is False:
       raise _Refused("written on a big-endian machine; save it on another")
-    tree = _interpret(f, persistent)
+    contents = _contents_of(_interpret(f, persistent))
     keys = _interpret(f, persistent)
     places: dict[str, int] = {}
     if not isinstance(keys, list):
       raise _Refused("damaged: no list of storages")
     for key in map(str, keys):
       if key not in storages:
-        raise _Refused(f"damaged: storage {_printable(key)} is not used")
+        raise _Refused(f"damaged: storage {printable(key)} is not used")
       header = f.read(8)
       if len(header) < 8:
         raise _Refused("cut short; get the file again")
       (numel,) = struct.unpack("<q", header)
       if numel * _itemsize(storages[key].dtype) != storages[key].nbytes:
-        raise _Refused(f"damaged: storage {_printable(key)} has another size")
+        raise _Refused(f"damaged: storage {printable(key)} has another size")
       places[key] = f.tell()
       if f.tell() + storages[key].nbytes > len(f):
         raise _Refused("cut short; get the file again")
@@ -406,7 +456,22 @@ def _open_legacy(
       raise _Refused("cut short; get the file again")
     return data
 
-  return tree, read_storage
+  return contents, read_storage
+
+
+def _foreign_of(saved: Any) -> _Placeholder | None:
+  """Returns what stands for a reference to a class or an unknown storage.
+
+  The old format refers to the source of a pickled model's classes so.
+  """
+  if (
+    isinstance(saved, tuple)
+    and len(saved) >= 2
+    and saved[0] in ("module", "storage")
+    and isinstance(saved[1], _Placeholder)
+  ):
+    return saved[1]
+  return None
 
 
 def _storage_of(
@@ -442,8 +507,10 @@ def _integers(values: Any) -> tuple[int, ...]:
 
 def _make_view(
   storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any
-) -> _View:
+) -> _View | _Placeholder:
   """Stands for torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+  if isinstance(storage, _Placeholder):
+    return storage
   if not isinstance(storage, _Storage) or storage.dtype is None:
     raise _Refused("damaged: a tensor without a storage")
   return _check_view(storage, storage.dtype, offset, shape, strides)
@@ -458,8 +525,10 @@ def _make_typed_view(
   _hooks: Any,
   dtype: Any,
   *_rest: Any,
-) -> _View:
+) -> _View | _Placeholder:
   """Stands for torch._utils._rebuild_tensor_v3, over untyped bytes."""
+  if isinstance(dtype, _Placeholder):
+    return dtype
   if (
     not isinstance(storage, _Storage)
     or not isinstance(dtype, _DType)
@@ -550,22 +619,13 @@ def _find_global(module: Any, name: Any) -> Any:
     return _FUNCTIONS[full]
   if full in _TYPES:
     return _TYPES[full]
-  if full in _IGNORED_NAMES or full.startswith(_IGNORED_PACKAGES):
-    return _Placeholder(full)
-  hint = (
-    "; it is a whole pickled model, so save model.state_dict() instead"
-    if full.startswith(("torch.nn.", "torchvision.", "timm."))
-    else ""
-  )
-  raise _Refused(
-    f"refused, because it holds {_printable(full)} and only tensors,"
-    f" containers and numbers are rebuilt{hint}"
-  )
+  return _Placeholder(full)
 
 
 def _call(function: Any, args: Any) -> Any:
   if isinstance(function, _Placeholder):
-    return function
+    # Another one each time: its state says whether it is a model.
+    return _Placeholder(function.name)
   if not isinstance(function, _Function) or not isinstance(args, tuple):
     raise _Refused("damaged: it calls what is no function")
   try:
@@ -595,16 +655,18 @@ def _extend(container: Any, values: list[Any]) -> None:
   container.extend(values)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
   """Escapes what a hostile name could do to a terminal or a log."""
   return text.encode("unicode_escape").decode()[:120]
 
 
 _MARK = object()
+_Persistent = Callable[[Any], _Storage | _Placeholder]
 
 
 def _interpret(
-  stream: io.BytesIO | mmap.mmap, persistent: Callable[[Any], _Storage]
+  stream: io.BytesIO | mmap.mmap,
+  persistent: _Persistent,
 ) -> Any:
   """Evaluates one pickle by the rules of this file.
 
@@ -642,7 +704,7 @@ class _Machine:
     persistent: makes a storage of a persistent id.
   """
 
-  def __init__(self, persistent: Callable[[Any], _Storage]):
+  def __init__(self, persistent: _Persistent):
     self._persistent = persistent
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
@@ -737,8 +799,10 @@ class _Machine:
         push(_call(function, tuple(args)))
       case "BUILD":
         # Attributes (a state dict's `_metadata`, a callback's state) are of
-        # no use to a reader of tensors.
-        self.pop()
+        # no use to a reader of tensors, but a module is told by them.
+        state, top = self.pop(), self._top()
+        if isinstance(top, _Placeholder) and isinstance(state, dict):
+          top.is_model |= "_modules" in state and "_parameters" in state
       case "BINPERSID":
         push(self._persistent(self.pop()))
       case _:
@@ -757,6 +821,6 @@ _LITERALS = frozenset(
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
     *("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "BINUNICODE"),
-    *("SHORT_BINUNICODE", "BINUNICODE8"),
+    *("SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
   )
 )

@@ -362,7 +362,7 @@ def fit(
     for name in place.reshaped
   ]
   unmade = [
-    f"{printable(n)} {foreign[n]}" for n in kept.values() if n in foreign
+    f"{printable(n)} is {foreign[n]}" for n in kept.values() if n in foreign
   ]
   problems = [
     f"{len(listed)} {what} ({', '.join(listed[:3])}"

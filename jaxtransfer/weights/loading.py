@@ -175,7 +175,7 @@ def _left_out(
     place, _shapes_of(stored), tensors.head_names(zoo.family(network))
   ):
     where = f"what stands under {place.start}" if place.start else "the network"
-    notes.append(f"{source.label}: read is {where}; left out: {left_out}")
+    notes.append(f"{source.label}: {where} is read; left out: {left_out}")
   if numbering := keymaps.numbering(place):
     notes.append(f"{source.label}: {numbering}")
   return notes

@@ -149,9 +149,13 @@ def _shards(path: pathlib.Path) -> dict[str, pathlib.Path]:
     for name, file in listed.items():
       # A name with folders in it could be any file of the machine, and a list
       # of lists could name itself.
-      if file != pathlib.PurePath(file).name or file.endswith(_INDEX):
-        raise ValueError
       shards[name] = path.parent / file
+      if (
+        file != pathlib.PurePath(file).name
+        or file.endswith(_INDEX)
+        or shards[name].is_dir()
+      ):
+        raise ValueError
     return shards
   except OSError as error:
     raise errors.UsageError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtransfer import errors
 from jaxtransfer.networks import zoo
-from jaxtransfer.weights import torchfile
+from jaxtransfer.weights import pickles
 
 # Where timm, transformers and training scripts write an architecture's name.
 _NAMED = (
@@ -157,7 +157,7 @@ def _check_name(
       return
   known = zoo.list_models()
   raise errors.UsageError(
-    f"{path}: {where} {torchfile.printable(name)!r}, which is not {network},"
+    f"{path}: {where} {pickles.printable(name)!r}, which is not {network},"
     " whatever names and shapes fit: "
     + (
       f"give {words} as the network"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxtransfer import errors
-from jaxtransfer.weights.torchfile import printable
+from jaxtransfer.weights.pickles import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -219,28 +219,6 @@ class Place:
   def fits(self) -> bool:
     """Whether nothing in it is of another network; all of it may be less."""
     return not self.left_over and not self.reshaped
-
-
-def to_torchvision(
-  names: Shapes,
-  *,
-  family: str,
-  network: str,
-  wanted: Shapes,
-  trunk: Shapes,
-  head: tuple[str, str] | None = None,
-  prefix: str = "",
-) -> dict[str, str]:
-  """Finds a network's tensors in a checkpoint, or says why it does not fit.
-
-  `locate` and `fit` in one.
-  """
-  place = locate(
-    names, family=family, network=network, trunk=trunk, prefix=prefix
-  )
-  return fit(
-    place, names, network=network, wanted=wanted, trunk=trunk, head=head
-  )
 
 
 def locate(

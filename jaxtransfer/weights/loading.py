@@ -18,6 +18,7 @@ from jaxtransfer import errors, files
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.weights import catalog, hub, keymaps, readers
+from jaxtransfer.weights.pickles import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Source:
     slim_after: the last layer of full width in a network that `export` wrote;
       None where all are, or the file does not say.
     prefix: what stands before the network's names in the file; "" to find it.
-    notes: what a user must know of a file that is neither of the catalog nor
-      of `export`: what of it is left out, and what no file can show.
+    notes: what a user must know of a file of somebody's own: what of it is
+      left out, and what no file can show.
   """
 
   label: str
@@ -122,21 +123,30 @@ def resolve_weights(
         f"{source.path}: SHA-256 is {source.sha256}, but {row.name} was"
         f" published with {row.sha256}"
       )
-    return source
+    stored = readers.open_checkpoint(path)
+    notes = _left_out(source, network, stored)
+    return dataclasses.replace(source, notes=tuple(notes))
   given = pathlib.Path(text).expanduser()
   if text in catalog.names() or not _is_path(weights, given):
     row = catalog.find(text, network)
     return _source_of_row(row, catalog.resolve(row), prefix)
+  return _source_of_path(network, given, prefix)
+
+
+def _source_of_path(network: str, given: pathlib.Path, prefix: str) -> Source:
+  """Looks at a file of somebody's, and says what cannot be seen in it."""
   path = readers.find_checkpoint(given)
   digest = _digest(path)
   stored = readers.open_checkpoint(path)
   about = _read_details(path, stored)
   if about.get("network", network) != network:
-    raise errors.UsageError(f"{path} holds {about['network']}, not {network}")
+    held = printable(str(about["network"]))
+    raise errors.UsageError(f"{path} holds {held}, not {network}")
   is_known = hub.check_architecture(network, path, stored.said)
   beside = hub.statistics(path)
   source = Source(
-    given.name,
+    # `.` and `..` have no name of their own.
+    (given if given.name.strip(".") else given.resolve()).name,
     path,
     digest,
     mean=_triple(path, beside | about, "mean", catalog.IMAGENET_MEAN),
@@ -174,7 +184,8 @@ def _left_out(
   if left_out := keymaps.left_out(
     place, _shapes_of(stored), tensors.head_names(zoo.family(network))
   ):
-    where = f"what stands under {place.start}" if place.start else "the network"
+    start = printable(place.start)
+    where = f"what stands under {start}" if start else "the network"
     notes.append(f"{source.label}: {where} is read; left out: {left_out}")
   if numbering := keymaps.numbering(place):
     notes.append(f"{source.label}: {numbering}")
@@ -344,15 +355,16 @@ def read_weights(
   for name, place in places.items():
     if not jnp.issubdtype(stored[place].dtype, jnp.floating):
       raise errors.UsageError(
-        f"{source.path}: {place} is {stored[place].dtype}, not floating point"
+        f"{source.path}: {printable(place)} is {stored[place].dtype}, not"
+        " floating point"
       )
     with np.errstate(over="ignore"):
       value = stored[place].read().astype(np.float32)
     if not np.isfinite(value).all():
       bad = np.count_nonzero(~np.isfinite(value))
       raise errors.UsageError(
-        f"{source.path}: {place} holds {bad:,} NaN or infinite numbers"
-        f" of {value.size:,}"
+        f"{source.path}: {printable(place)} holds {bad:,} NaN or infinite"
+        f" numbers of {value.size:,}"
       )
     found[name] = value
   return found

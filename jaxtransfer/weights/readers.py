@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from jaxtransfer import errors
-from jaxtransfer.weights import torchfile
+from jaxtransfer.weights import pickles, torchfile
 from jaxtransfer.weights.torchfile import Checkpoint, StoredTensor
 
 _SAFETENSORS = {
@@ -73,7 +73,7 @@ def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
     if len(inside) == 1:
       return inside[0]
   if inside:
-    listed = ", ".join(torchfile.printable(p.name) for p in inside[:5])
+    listed = ", ".join(pickles.printable(p.name) for p in inside[:5])
     raise errors.UsageError(
       f"{path}: which of {len(inside)} is meant? Give the path of one: {listed}"
     )
@@ -179,7 +179,7 @@ def _read_shards(path: pathlib.Path) -> Checkpoint:
   for name, file in shards.items():
     if name not in opened[file]:
       raise errors.UsageError(
-        f"{file}: no {torchfile.printable(name)} in it, where {path.name} says"
+        f"{file}: no {pickles.printable(name)} in it, where {path.name} says"
       )
     found[name] = opened[file][name]
   return Checkpoint(found, foreign=foreign, said=said)
@@ -203,7 +203,8 @@ def _read_safetensors(path: pathlib.Path) -> Checkpoint:
   for name, entry in entries.items():
     if entry["dtype"] not in _SAFETENSORS:
       raise errors.UsageError(
-        f"{path}: {name} has the unsupported type {entry['dtype']}"
+        f"{path}: {pickles.printable(name)} has the unsupported type"
+        f" {pickles.printable(entry['dtype'])}"
       )
     dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
     shape = tuple(entry["shape"])
@@ -238,7 +239,8 @@ def _safetensors_header(
       header = json.loads(f.read(size))
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise errors.UsageError(
-      f"{path}: cut short or damaged ({error}); get the file again"
+      f"{path}: cut short or damaged ({pickles.printable(str(error))}); get the"
+      " file again"
     ) from None
   return header.pop("__metadata__", {}), header, 8 + size
 

@@ -27,19 +27,6 @@ def whole(network, classes=1000):
   return {**shapes, **counters}
 
 
-def match(names, network, until=None, keep_head=False, prefix=""):
-  family = zoo.family(network)
-  return keymaps.to_torchvision(
-    names,
-    family=family,
-    network=network,
-    wanted=trunk(network, until),
-    trunk=trunk(network),
-    head=tensors.head_names(family) if keep_head else None,
-    prefix=prefix,
-  )
-
-
 def locate(names, network, **options):
   return keymaps.locate(
     names,
@@ -47,6 +34,17 @@ def locate(names, network, **options):
     network=network,
     trunk=trunk(network),
     **options,
+  )
+
+
+def match(names, network, until=None, keep_head=False, prefix=""):
+  return keymaps.fit(
+    locate(names, network, prefix=prefix),
+    names,
+    network=network,
+    wanted=trunk(network, until),
+    trunk=trunk(network),
+    head=tensors.head_names(zoo.family(network)) if keep_head else None,
   )
 
 

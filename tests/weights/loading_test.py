@@ -319,7 +319,7 @@ def test_a_file_of_ones_own_under_a_catalog_name(tmp_path):
   torchzip.save(path, values)
   source = loading.resolve_weights("densenet121", f"kimianet={path}")
   assert source.label == "kimianet" and source.path == path
-  assert not source.final_relu
+  assert not source.final_relu and source.notes == ()
   model = loading.create_model("densenet121", "denseblock1", weights=source)
   same(
     {

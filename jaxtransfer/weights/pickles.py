@@ -64,11 +64,16 @@ class Placeholder:
 
   Attributes:
     name: of the class or function that would make it.
-    is_model: whether its state is that of a torch module.
+    state: the attributes that it would get.
   """
 
   name: str
-  is_model: bool = False
+  state: Any = None
+
+  @property
+  def is_model(self) -> bool:
+    """Whether its state is that of a torch module."""
+    return isinstance(self.state, dict) and "_modules" in self.state
 
   def __str__(self) -> str:
     name = printable(self.name)
@@ -425,10 +430,11 @@ class _Machine:
         push(_call(function, tuple(args)))
       case "BUILD":
         # Attributes (a state dict's `_metadata`, a callback's state) are of
-        # no use to a reader of tensors, but a module is told by them.
+        # no use to a reader of tensors, but they tell a module and a script's
+        # arguments.
         state, top = self.pop(), self._top()
-        if isinstance(top, Placeholder) and isinstance(state, dict):
-          top.is_model |= "_modules" in state and "_parameters" in state
+        if isinstance(top, Placeholder):
+          top.state = state
       case "BINPERSID":
         push(self._persistent(self.pop()))
       case _:

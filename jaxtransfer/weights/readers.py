@@ -153,6 +153,7 @@ def _shards(path: pathlib.Path) -> dict[str, pathlib.Path]:
       if (
         file != pathlib.PurePath(file).name
         or file.endswith(_INDEX)
+        or not file.isprintable()
         or shards[name].is_dir()
       ):
         raise ValueError

@@ -194,7 +194,8 @@ def _texts_of(tree: dict[Any, Any]) -> dict[str, str]:
   """Returns the texts beside the tensors: an architecture's name and such."""
   found: dict[str, str] = {}
   for part in (*(tree.get(key) for key in _SETTINGS), tree):
-    for key, value in part.items() if isinstance(part, dict) else ():
+    texts = part.state if isinstance(part, pickles.Placeholder) else part
+    for key, value in texts.items() if isinstance(texts, dict) else ():
       if isinstance(key, str) and isinstance(value, str):
         found[key] = value
   return found

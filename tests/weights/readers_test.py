@@ -234,6 +234,12 @@ def test_texts_of_a_file_are_told(tmp_path):
   )
   said = readers.open_checkpoint(path).said
   assert said == {"arch": "resnet50", "backbone": "resnetaa50"}
+  tree = {
+    "args": argparse.Namespace(arch="resnetaa50", rate=0.1),
+    "state_dict": {"weight": ramp(2, 3)},
+  }
+  said = readers.open_checkpoint(torchzip.save(path, tree)).said
+  assert said == {"arch": "resnetaa50"}
 
 
 def hub_folder(root, files):
@@ -314,6 +320,7 @@ def test_shards_are_one_checkpoint(tmp_path):
     (5, "damaged"),
     ("", "damaged"),
     ("..", "damaged"),
+    ("a\x1b[2J.bin", "damaged"),
     ("none.safetensors", "none.safetensors"),
     ("1.safetensors", "no a in it"),
   ],

@@ -38,6 +38,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.network = ml_collections.ConfigDict()
   config.network.name = network
   config.network.weights = "imagenet"  # a catalog name or a path; "" = random
+  config.network.prefix = ""  # of its names in a file of several; "" = found
   config.network.until = ""  # deepest layer used; "" = the whole network
   return config
 

@@ -62,7 +62,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
   data = trial.open_data(config, workdir.path / "splits.json")
-  source = loading.resolve_weights(plan.network, config.network.weights or None)
+  source = loading.resolve_weights(
+    plan.network, config.network.weights or None, config.network.prefix
+  )
   network = loading.create_model(
     plan.network,
     until=plan.until,
@@ -97,7 +99,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {training.steps:,} steps on {devices}",
     flush=True,
   )
-  for note in data.notes:
+  for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 
   started = time.monotonic()
@@ -255,6 +257,7 @@ def _results(
       *splitting.notes_of_read(
         data.notes, [data.rows], [read], data.examples, every_class=every_class
       ),
+      *source.notes,
       *fitted.notes,
       *trial.doubts(of_auroc["value"], of_auroc["low"]),
     ],

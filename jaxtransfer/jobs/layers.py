@@ -117,12 +117,15 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     config, examples, workdir.path / "splits.json"
   )
   # After the images, because it may download.
-  source = loading.resolve_weights(plan.network, config.network.weights or None)
+  source = loading.resolve_weights(
+    plan.network, config.network.weights or None, config.network.prefix
+  )
   if source.path is None:
     raise errors.UsageError(
       f"config.network.weights is {config.network.weights!r}; this job compares"
       " pretrained weights with random ones: name some, or give a file"
     )
+  notes = [*notes, *source.notes]
   if source.slim_after:
     raise errors.UsageError(
       f"{source.path} holds layers of half the width after"

@@ -94,7 +94,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
   data = _open(config, plan, workdir.path / "splits.json")
-  source = loading.resolve_weights(plan.network, config.network.weights or None)
+  source = loading.resolve_weights(
+    plan.network, config.network.weights or None, config.network.prefix
+  )
   bench = _Bench(config, plan, devices, data, source, workdir.path)
   # A batch that is too large or weights that do not fit are said now.
   first = Unit("ttl", plan.whole, bench.began_with, 0)
@@ -109,7 +111,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
-  for note in data[0].notes:
+  for note in [*data[0].notes, *source.notes]:
     print(note, flush=True)
   search = _search(bench)
   rows = cuts.compared(
@@ -324,7 +326,11 @@ def _report(
     **read,
     "cut": bench.choose(search, "ttl").cut,
     "taps": sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
-    "notes": [*notes, *trial.doubts(of_auroc["mean"], of_auroc["low"])],
+    "notes": [
+      *notes,
+      *bench.source.notes,
+      *trial.doubts(of_auroc["mean"], of_auroc["low"]),
+    ],
     "search": searched,
     "table": table,
     "unfinished": {

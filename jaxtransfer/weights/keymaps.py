@@ -1,24 +1,41 @@
 """From the names in published checkpoints to torchvision's."""
 
+import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxtransfer import errors
+from jaxtransfer.weights.pickles import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # torch forbade dots inside module names after the DenseNets were published.
 _OLD_DENSE_LAYER = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
 
-# Heads and training machinery that published files carry beside the network:
-# ImageNet and KimiaNet classifiers, MTDP's task heads, and the projections,
-# prototypes, queues and momentum encoders of self-supervised training.
-_BESIDE = re.compile(
-  r"(fc|fc_\d+|classifier|heads?|"
-  r"projector|projection|projection_head|proj|proj_head|predictor|prototypes|"
-  r"bn|queue|queue_ptr|encoder_k)(\.|$)"
+# What torch's wrappers of one module put between a network's own names.
+_WRAPPER = (
+  r"(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|"
+  r"_checkpoint_wrapped_module)\."
 )
+_WRAPPERS = re.compile(rf"(?<![^.]){_WRAPPER}")
+
+# Heads and training machinery that stand among the network's own names:
+# ImageNet and KimiaNet classifiers, MTDP's task heads, the projections,
+# prototypes and queues of self-supervised training, losses and metrics.
+_BESIDE = re.compile(
+  r"(fc\w*|last_linear|linear|mlp|logits|\w*classifiers?|(\w+_)?heads?|head_\w+|"
+  r"projector|projection|projection_head|proj|proj_head|predictor|prototypes|"
+  r"bn|queue|queue_ptr|encoder_k|decoder|n_averaged|temperature|logit_scale|"
+  r"\w*criterion\w*|\w*loss\w*|\w*metrics?|pos_weight|class_weights?|"
+  r"(train|val|valid|validation|test)_\w+)(\.|$)"
+)
+
+# Copies that follow a network slowly, as self-supervised training keeps them:
+# never what is evaluated, as long as the network itself is there. Which of a
+# student and a teacher is wanted, nobody can tell.
+_COPY = re.compile(r"(^|_)(ema|k|momentum)(_|$)")
+_COPY_OF = {"target": "online", "key": "query"}
 
 _HUGGING_FACE = (
   (r"^embedder\.embedder\.convolution\.", r"conv1."),
@@ -31,6 +48,73 @@ _HUGGING_FACE_LAYER = re.compile(
   r"(convolution|normalization)\.)?"
 )
 
+# torchvision keeps a DenseNet's trunk under a name that is a prefix here.
+_TRUNKS = {"densenet": "features."}
+
+
+def _rename_hugging_face(names: Sequence[str], *_: object) -> dict[str, str]:
+  found = {}
+  for name in names:
+    inner = name
+    for pattern, replacement in _HUGGING_FACE:
+      inner = re.sub(pattern, replacement, inner)
+    if match := _HUGGING_FACE_LAYER.match(inner):
+      stage, block, number, kind = match.groups()
+      inside = ""
+      if number is not None:
+        kind = "conv" if kind == "convolution" else "bn"
+        inside = f"{kind}{int(number) + 1}."
+      rest = inner[match.end() :]
+      inner = f"layer{int(stage) + 1}.{block}.{inside}{rest}"
+    found[name] = inner
+  return found
+
+
+def _rename_old(names: Sequence[str], *_: object) -> dict[str, str]:
+  return {name: _OLD_DENSE_LAYER.sub(r"\1\2", name) for name in names}
+
+
+def _rename_children(
+  names: Sequence[str], anchor: str, trunk: Sequence[str]
+) -> dict[str, str]:
+  """Names the children of an `nn.Sequential` after torchvision's, in order.
+
+  Modules without tensors (ReLU, pooling) may have been counted or not. The
+  first children may stand in a module of their own (`0.0`, `layer0.0`).
+
+  Args:
+    names: inside the network.
+    anchor: the first convolution's weight among them.
+    trunk: torchvision's names, in the network's order.
+
+  Returns:
+    {name: torchvision's}; a lone child after the trunk's becomes its head.
+  """
+  first = anchor.split(".")[:-2]
+  units: dict[tuple[int, ...], dict[str, str]] = collections.defaultdict(dict)
+  for name in names:
+    parts = name.split(".")
+    depth = 2 if parts[:1] == first else 1
+    if re.fullmatch(r"[0-9]{1,4}", parts[depth - 1]) and len(parts) > depth:
+      # The first module comes first, also where it has a name.
+      key = [int(p) if p.isdecimal() else -1 for p in parts[:depth]]
+      units[tuple(key)][name] = ".".join(parts[depth:])
+  found = {name: name for name in names}
+  known = set(trunk)
+  modules = list(dict.fromkeys(name.split(".")[0] for name in trunk))
+  after: list[dict[str, str]] = []
+  for key in sorted(units):
+    unit = units[key]
+    if modules and any(f"{modules[0]}.{i}" in known for i in unit.values()):
+      module, after = modules.pop(0), []
+      found |= {name: f"{module}.{i}" for name, i in unit.items()}
+    else:
+      after.append(unit)
+  for number, unit in enumerate(after):
+    head = "fc" if len(after) == 1 else f"fc_{number}"
+    found |= {name: f"{head}.{i}" for name, i in unit.items()}
+  return found
+
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
@@ -38,119 +122,233 @@ class _Layout:
 
   Attributes:
     anchor: the first convolution's weight, by which a prefix is found.
-    rename: a name without the prefix -> torchvision's.
+    rename: (names without the prefix, the anchor's, the trunk's) -> {name:
+      torchvision's}, both without the prefix of torchvision's trunk.
     heads: where the head may be, relative to the prefix: each a weight's
       module name, after as many levels up as it has leading `^`.
+    numbered: whether its names are the places of children. Any module may
+      have such, so the anchor must have the trunk's shape.
   """
 
   anchor: str
-  rename: Callable[[str], str]
-  heads: tuple[str, ...]
+  rename: Callable[..., dict[str, str]]
+  heads: tuple[str, ...] = ()
+  numbered: bool = False
 
 
-def _rename_hugging_face(name: str) -> str:
-  for pattern, replacement in _HUGGING_FACE:
-    name = re.sub(pattern, replacement, name)
-  match = _HUGGING_FACE_LAYER.match(name)
-  if match is None:
-    return name
-  stage, block, number, kind = match.groups()
-  inside = ""
-  if number is not None:
-    inside = f"{'conv' if kind == 'convolution' else 'bn'}{int(number) + 1}."
-  return f"layer{int(stage) + 1}.{block}.{inside}{name[match.end() :]}"
+def _children(heads: tuple[str, ...]) -> tuple[_Layout, ...]:
+  return tuple(
+    _Layout(anchor, _rename_children, heads, numbered=True)
+    for anchor in (r"[0-9]+.weight", r"\w+.[0-9]+.weight")
+  )
 
 
 _LAYOUTS = {
   "resnet": (
-    _Layout("conv1.weight", lambda name: name, ("fc",)),
+    _Layout("conv1.weight", _rename_old, ("fc",)),
     _Layout(
       "embedder.embedder.convolution.weight",
       _rename_hugging_face,
       ("^classifier.1", "classifier.1"),
     ),
+    *_children(("fc",)),
   ),
-  # torchvision keeps the trunk under `features.`, which is a prefix here.
   "densenet": (
     _Layout(
-      "conv0.weight",
-      lambda name: f"features.{name}",
-      ("^classifier", "classifier", "^^fc_4"),
+      "conv0.weight", _rename_old, ("^classifier", "classifier", "^^fc_4")
     ),
+    *_children(("^classifier", "classifier")),
   ),
-  "cbr": (_Layout("block1.conv.weight", lambda name: name, ("fc",)),),
+  "cbr": (_Layout("block1.conv.weight", _rename_old, ("fc",)),),
 }
 
 
 _LAYER = re.compile(
   r"layer\d+\.\d+|denseblock\d+\.denselayer\d+|transition\d+|block\d+"
 )
+_NUMBERS = "num_batches_tracked"
+# More than any ensemble has; each costs a look at all names.
+_MAX_PLACES = 200
 
 
-def to_torchvision(
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+  """A way to read a part of a checkpoint.
+
+  Attributes:
+    anchor: the name of what would be the first convolution's weight.
+    container: the dicts it stands in, ended by a slash; "" for none.
+    prefix: what stands before the layout's name in the container.
+    layout: how the names after it are made.
+  """
+
+  anchor: str
+  container: str
+  prefix: str
+  layout: _Layout
+
+  @property
+  def start(self) -> str:
+    """What stands before the network's names."""
+    return f"{self.container}{self.prefix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """One network in a checkpoint.
+
+  Attributes:
+    reading: where it is and how its names are made.
+    found: {torchvision's name: name in the checkpoint}, head included where
+      the network's own names show it.
+    left_over: names among its own that the network has no place for.
+    reshaped: torchvision's names of tensors that have another shape.
+  """
+
+  reading: _Reading
+  found: Mapping[str, str]
+  left_over: tuple[str, ...]
+  reshaped: tuple[str, ...]
+
+  @property
+  def start(self) -> str:
+    """What stands before its names in the checkpoint."""
+    return self.reading.start
+
+  @property
+  def fits(self) -> bool:
+    """Whether nothing in it is of another network; all of it may be less."""
+    return not self.left_over and not self.reshaped
+
+
+def locate(
   names: Shapes,
   *,
   family: str,
   network: str,
-  wanted: Shapes,
   trunk: Shapes,
-  head: tuple[str, str] | None = None,
-) -> dict[str, str]:
-  """Finds a network's tensors in a checkpoint, or says why it does not fit.
+  prefix: str = "",
+  foreign: Mapping[str, str] | None = None,
+  same: Callable[[Place, Place], bool] = lambda a, b: False,
+) -> Place:
+  """Finds the network that a checkpoint holds.
 
-  Names inside the trunk are strict; heads and training machinery beside it
-  (a listed few) are dropped. The container (`state_dict/`, `model/`) and the
-  prefix (`module.`, `backbone.`, `module.model.0.`) are those under which
-  most of the trunk's names are found.
+  Names inside it are strict; heads and training machinery (a listed few) are
+  not its own, and all that stands outside it is left out. It may stand in any
+  container (`state_dict/`) and under any prefix (`module.backbone.`).
 
   Args:
     names: {name in the checkpoint: shape}, containers ended by a slash.
     family: "resnet", "densenet" or "cbr".
     network: the network's name, for messages.
+    trunk: {torchvision name: shape} of the uncut network without a head.
+    prefix: which of several networks is meant: what stands before its names,
+      or the end of that; "." where nothing does; "" to find it.
+    foreign: {name: what it is} of what is no tensor in the checkpoint.
+    same: whether two places hold the same numbers.
+
+  Returns:
+    The place: the one network there is, or the one of which the others are
+    momentum copies, other networks, or the same again.
+
+  Raises:
+    UsageError: there is none, or several that could be meant. The message is
+      one line without the path.
+  """
+  foreign = foreign or {}
+  every = {**dict.fromkeys(foreign, ()), **names}
+  above = _TRUNKS.get(family, "")
+  # The stem's own tensors come in no order.
+  first = f"{above}{_LAYOUTS[family][0].anchor}"
+  trunk = {first: trunk[first], **trunk}
+  readings = list(_readings(names, family, trunk))
+  if len(readings) > _MAX_PLACES:
+    raise errors.UsageError(
+      f"does not fit {network}: {len(readings):,} layers in it could be the"
+      " first of a network"
+    )
+  found: dict[str, list[Place]] = collections.defaultdict(list)
+  for reading in readings:
+    others = [r.start for r in readings if r.anchor != reading.anchor]
+    place = _read(every, foreign, reading, above, trunk, others)
+    found[reading.anchor].append(place)
+  # One network of each first layer, in the words that explain most of it.
+  places = [
+    max(ways, key=lambda p: (p.fits, _count(p), len(p.start)))
+    for ways in found.values()
+  ]
+  if not places:
+    raise errors.UsageError(_why_nothing(names, family, network, foreign))
+  if prefix:
+    return _named(places, prefix)
+  fitting = [place for place in places if place.fits]
+  if not fitting:
+    return max(places, key=_count)
+  fitting = [p for p in fitting if not _is_copy(p, fitting)] or fitting
+  whole = [p for p in fitting if trunk.keys() <= p.found.keys()] or fitting
+  fullest = max(whole, key=_count)
+  if all(place is fullest or same(fullest, place) for place in whole):
+    return fullest
+  *first, last = map(_shown, whole[:5])
+  number = "two" if len(whole) == 2 else len(whole)
+  raise errors.UsageError(
+    f"holds {number} networks, {', '.join(first)} and {last}; choose one with"
+    " config.network.prefix (prefix= of create_model), e.g."
+    f" {printable(whole[0].start or '.')!r}"
+  )
+
+
+def fit(
+  place: Place,
+  names: Shapes,
+  *,
+  network: str,
+  wanted: Shapes,
+  trunk: Shapes,
+  head: tuple[str, str] | None = None,
+  foreign: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+  """Returns where the tensors of a (cut) network are, or says what is wrong.
+
+  Args:
+    place: as `locate` returns it.
+    names: as for `locate`.
+    network: likewise.
     wanted: {torchvision name: shape} of the tensors to find, without a head.
     trunk: the same of the uncut network: names that may be present. All that
       is present must have the trunk's shapes.
     head: torchvision's names of the head's weight and bias, to find them too;
       None drops any head.
+    foreign: as for `locate`.
 
   Returns:
     {torchvision name: name in the checkpoint}, for `wanted` and `head`.
 
   Raises:
-    UsageError: a tensor is missing, left over, or of another shape; or two
-      places fit equally well. The message is one line without the path.
+    UsageError: a tensor is missing, left over, or of another shape. The
+      message is one line without the path.
   """
-  container, prefix, layout = _locate(names, family, network, trunk)
-  start = f"{container}{prefix}"
-  found: dict[str, str] = {}
-  left_over = []
-  for name in names:
-    if not name.startswith(container) or "/" in name[len(container) :]:
-      continue
-    if name.endswith("num_batches_tracked"):
-      continue
-    target = _OLD_DENSE_LAYER.sub(r"\1\2", name[len(start) :])
-    target = layout.rename(target)
-    if name.startswith(start) and target in trunk:
-      found[target] = name
-    elif not _is_beside(name[len(container) :], prefix):
-      left_over.append(name)
+  foreign = foreign or {}
+  found = place.found
   missing = [name for name in wanted if name not in found]
   kept = {name: found[name] for name in wanted if name in found}
   if head is not None:
-    kept |= _find_head(names, container, prefix, layout, head)
+    kept |= _find_head(names, place, head)
     missing += [name for name in head if name not in kept]
   reshaped = [
-    f"{found[name]} is {names[found[name]]}, needed {trunk[name]}"
-    for name in trunk
-    if name in found and names[found[name]] != trunk[name]
+    f"{printable(found[name])} is {names[found[name]]}, needed {trunk[name]}"
+    for name in place.reshaped
+  ]
+  unmade = [
+    f"{printable(n)} is {foreign[n]}" for n in kept.values() if n in foreign
   ]
   problems = [
     f"{len(listed)} {what} ({', '.join(listed[:3])}"
     f"{', ...' if len(listed) > 3 else ''})"
     for what, listed in (
       ("missing", missing),
-      ("left over", left_over),
+      ("not rebuilt", unmade),
+      ("left over", list(map(printable, place.left_over))),
       ("of another shape", reshaped),
     )
     if listed
@@ -160,6 +358,67 @@ def to_torchvision(
       f"does not fit {network}: {'; '.join(problems)}{_ends_at(wanted, found)}"
     )
   return kept
+
+
+def left_out(place: Place, names: Shapes, head: tuple[str, str]) -> str:
+  """Says in words what of a checkpoint is not read; "" where nothing is.
+
+  Args:
+    place: as `locate` returns it.
+    names: as for `locate`.
+    head: torchvision's names of the network's own head, which is not told.
+  """
+  kept = {*place.found.values(), *_find_head(names, place, head).values()}
+  groups: dict[str, list[str]] = collections.defaultdict(list)
+  for name in names:
+    if name not in kept and not name.endswith(_NUMBERS):
+      groups[_group(name, place)].append(name)
+  said = [
+    printable(listed[0])
+    if len(listed) == 1
+    else f"{printable(group)}* ({len(listed):,} tensors)"
+    for group, listed in sorted(groups.items())
+  ]
+  more = f" and {len(said) - 6:,} more" if len(said) > 6 else ""
+  return f"{', '.join(said[:6])}{more}"
+
+
+def numbering(place: Place) -> str:
+  """Says in words where numbered children are not torchvision's; else ""."""
+  if not place.reading.layout.numbered:
+    return ""
+  units: dict[str, None] = {}
+  for name, stored in place.found.items():
+    # `features.conv0.weight` and `conv1.weight` both end in what a child calls
+    # `weight`.
+    own = name.split(".", 2 if name.startswith("features.") else 1)[-1]
+    if not name.startswith("fc."):
+      units.setdefault(_WRAPPERS.sub("", stored).removesuffix(f".{own}"))
+  above, _, last = zip(*(unit.rpartition(".") for unit in units), strict=True)
+  if len(set(above)) > 1 or not all(map(str.isdecimal, last)):
+    return ""
+  numbers = sorted(map(int, last))
+  # Two without tensors stand after the first two: ReLU and max-pool.
+  usual = [numbers[0] + i + (2 if i > 1 else 0) for i in range(len(numbers))]
+  if numbers == usual:
+    return ""
+  return (
+    f"its layers are children {', '.join(map(str, numbers))}, torchvision's"
+    f" would be {', '.join(map(str, usual))}: that ReLU and max-pool follow"
+    " the first two is assumed"
+  )
+
+
+def _group(name: str, place: Place) -> str:
+  """Returns the beginning by which a name that is left out is told."""
+  start = place.reading.container
+  if not name.startswith(start) or "/" in name[len(start) :]:
+    return name[: name.find("/") + 1]
+  for level in place.reading.prefix.split(".")[:-1]:
+    if not name.startswith(f"{start}{level}."):
+      break
+    start = f"{start}{level}."
+  return f"{start}{name[len(start) :].split('.')[0]}."
 
 
 def _ends_at(wanted: Shapes, found: Mapping[str, str]) -> str:
@@ -173,58 +432,125 @@ def _ends_at(wanted: Shapes, found: Mapping[str, str]) -> str:
   return f"; it ends at {last[0]}: give until={last[0]} to use what is there"
 
 
-def _is_beside(name: str, prefix: str) -> bool:
-  """Whether a name is of a head or of training, and not inside the trunk."""
-  for level in prefix.split(".")[:-1]:
-    if not name.startswith(f"{level}."):
-      break
-    name = name.removeprefix(f"{level}.")
-  return _BESIDE.match(name) is not None
-
-
-def _locate(
-  names: Shapes, family: str, network: str, trunk: Shapes
-) -> tuple[str, str, _Layout]:
-  """Returns (container, prefix, layout) under which most names are known."""
-  scores: dict[tuple[str, str, _Layout], int] = {}
+def _readings(names: Shapes, family: str, trunk: Shapes) -> Iterator[_Reading]:
+  """Yields all ways to read what may be a network's first layer."""
+  shape = next(iter(trunk.values()))
   for name in names:
+    # Every block has a `conv1` of its own; only the stem sees an image.
+    if len(names[name]) != 4 or names[name][1] > 4:
+      continue
     cut = name.rfind("/") + 1
     for layout in _LAYOUTS[family]:
-      inner = name[cut:]
-      # Every block has a `conv1` of its own; only the stem sees an image.
-      if f".{inner}".endswith(f".{layout.anchor}") and (
-        len(names[name]) == 4 and names[name][1] <= 4
-      ):
-        place = (name[:cut], inner.removesuffix(layout.anchor), layout)
-        scores[place] = _count_known(names, place, trunk)
-  best = max(scores.values(), default=0)
-  if not scores:
-    raise errors.UsageError(_why_nothing(names, family, network))
-  places = [place for place, score in scores.items() if score == best]
-  # MoCo keeps two encoders; the momentum copy is not the one it evaluates.
-  if len(places) > 1:
-    places = [p for p in places if "encoder_k." not in p[1]] or places
-  if len(places) > 1:
-    listed = " and ".join(f"{c}{p}*" for c, p, _ in places[:2])
-    raise errors.UsageError(
-      f"holds two networks, {listed}; save the one you want by itself"
-    )
-  return places[0]
+      pattern = layout.anchor.replace(".", rf"\.(?:{_WRAPPER})*")
+      match = re.search(rf"(?:^|\.)({pattern})$", name[cut:])
+      if match and (names[name] == shape or not layout.numbered):
+        prefix = name[cut : cut + match.start(1)]
+        yield _Reading(name, name[:cut], prefix, layout)
 
 
-def _count_known(
-  names: Shapes, place: tuple[str, str, _Layout], trunk: Shapes
-) -> int:
-  container, prefix, layout = place
-  start = f"{container}{prefix}"
-  return sum(
-    layout.rename(_OLD_DENSE_LAYER.sub(r"\1\2", name[len(start) :])) in trunk
+def _read(
+  names: Shapes,
+  foreign: Mapping[str, str],
+  reading: _Reading,
+  above: str,
+  trunk: Shapes,
+  others: Sequence[str],
+) -> Place:
+  """Reads a part of a checkpoint.
+
+  Args:
+    names: {name in the checkpoint: shape}, foreign ones too.
+    foreign: as for `locate`.
+    reading: which part, and how.
+    above: what torchvision puts before the trunk's names.
+    trunk: {torchvision name: shape} of the uncut network.
+    others: what stands before the names of other networks.
+  """
+  start = reading.start
+  inside = {
+    name: _WRAPPERS.sub("", name[len(start) :])
     for name in names
     if name.startswith(start)
+    and "/" not in name[len(reading.container) :]
+    and not name.endswith(_NUMBERS)
+  }
+  renamed = reading.layout.rename(
+    list(inside.values()),
+    inside[reading.anchor],
+    [name.removeprefix(above) for name in trunk],
+  )
+  nested = tuple(o for o in others if o != start and o.startswith(start))
+  found: dict[str, str] = {}
+  left_over = []
+  for name, inner in inside.items():
+    target = f"{above}{renamed[inner]}"
+    if target not in trunk:
+      target = renamed[inner]
+    if target not in found and (
+      target in trunk or target in ("fc.weight", "fc.bias")
+    ):
+      found[target] = name
+    elif not (
+      name in foreign
+      or _BESIDE.match(target)
+      or (nested and name.startswith(nested))
+    ):
+      left_over.append(name)
+  reshaped = tuple(
+    name
+    for name in trunk
+    if name in found
+    and found[name] not in foreign
+    and names[found[name]] != trunk[name]
+  )
+  return Place(reading, found, tuple(left_over), reshaped)
+
+
+def _count(place: Place) -> int:
+  """Returns how many tensors are in their place and of the right shape."""
+  return len(place.found) - len(place.reshaped)
+
+
+def _shown(place: Place) -> str:
+  return f"{printable(place.start)}*" if place.start else "names without prefix"
+
+
+def _named(places: Sequence[Place], prefix: str) -> Place:
+  """Returns the place that a config's key means."""
+  word = prefix.strip("./")
+  starts = [place.start.rstrip("./") for place in places]
+  named = [
+    place
+    for place, start in zip(places, starts, strict=True)
+    if (re.search(rf"(^|[./]){re.escape(word)}$", start) if word else not start)
+  ]
+  exact = [place for place in named if place.start.rstrip("./") == word]
+  if len(exact or named) == 1:
+    return (exact or named)[0]
+  listed = [printable(place.start or ".") for place in (named or places)[:5]]
+  raise errors.UsageError(
+    f"config.network.prefix (prefix= of create_model) is {printable(prefix)!r},"
+    f" but {'several networks are' if named else 'no network is'} under it;"
+    f" there are {', '.join(listed)}"
   )
 
 
-def _why_nothing(names: Shapes, family: str, network: str) -> str:
+def _is_copy(place: Place, places: Sequence[Place]) -> bool:
+  """Whether a network is a slow copy of another one of the places."""
+  if any(map(_COPY.search, re.split(r"[./]", place.start))):
+    return True
+  others = [other.start for other in places if other is not place]
+  for word, partner in _COPY_OF.items():
+    pattern = rf"(?<![a-z]){word}(?![a-z])"
+    if re.search(pattern, place.start):
+      bare = re.sub(rf"{pattern}_|_{pattern}", "", place.start)
+      return any(bare == o or re.search(partner, o) for o in others)
+  return False
+
+
+def _why_nothing(
+  names: Shapes, family: str, network: str, foreign: Mapping[str, str]
+) -> str:
   if not names:
     return "holds no tensors"
   inner = [name[name.rfind("/") + 1 :] for name in names]
@@ -233,29 +559,36 @@ def _why_nothing(names: Shapes, family: str, network: str) -> str:
       f"does not fit {network}: it has the deep stem (conv1.0, conv1.3,"
       " conv1.6) of timm's 'c', 'd', 's' and 't' variants"
     )
-  anchors = " or ".join(layout.anchor for layout in _LAYOUTS[family])
+  anchors = " or ".join(
+    layout.anchor for layout in _LAYOUTS[family] if not layout.numbered
+  )
+  listed = ", ".join(map(printable, list(names)[:3]))
+  # What is a whole model in a dict says so.
+  models = [n for n, what in foreign.items() if what.startswith("a whole")]
+  objects = ""
+  for name in (models or list(foreign))[:1]:
+    objects = f"; {printable(name)} in it is {foreign[name]}"
   return (
-    f"does not fit {network}: no {anchors} in it"
-    f" (it has {', '.join(list(names)[:3])}, ...)"
+    f"does not fit {network}: no {anchors} in it (it has {listed}, ...)"
+    f"{objects}"
   )
 
 
 def _find_head(
-  names: Shapes,
-  container: str,
-  prefix: str,
-  layout: _Layout,
-  head: tuple[str, str],
+  names: Shapes, place: Place, head: tuple[str, str]
 ) -> dict[str, str]:
   """Finds the head's weight and bias beside or above the trunk's prefix."""
-  for place in layout.heads:
-    module = place.lstrip("^")
-    above = prefix.split(".")
-    levels = len(place) - len(module)
+  seen = {name: place.found[name] for name in head if name in place.found}
+  if len(seen) == len(head):
+    return seen
+  for where in place.reading.layout.heads:
+    module = where.lstrip("^")
+    above = place.reading.prefix.split(".")
+    levels = len(where) - len(module)
     if levels >= len(above):
       continue
     parent = ".".join(above[: len(above) - 1 - levels])
-    start = f"{container}{parent}." if parent else container
+    start = place.reading.container + (f"{parent}." if parent else "")
     found = {
       target: f"{start}{module}.{target.rsplit('.', 1)[1]}" for target in head
     }

@@ -1,10 +1,12 @@
 """Networks with numbers in them, and files with a network's numbers."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,8 @@ from safetensors.numpy import save
 from jaxtransfer import errors, files
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.weights import catalog, keymaps, readers
+from jaxtransfer.weights import catalog, hub, keymaps, readers
+from jaxtransfer.weights.pickles import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Source:
       None for a head on pooled features.
     slim_after: the last layer of full width in a network that `export` wrote;
       None where all are, or the file does not say.
+    prefix: what stands before the network's names in the file; "" to find it.
+    notes: what a user must know of a file of somebody's own: what of it is
+      left out, and what no file can show.
   """
 
   label: str
@@ -48,6 +54,8 @@ class Source:
   until: str = ""
   flatten: int | None = None
   slim_after: str | None = None
+  prefix: str = ""
+  notes: tuple[str, ...] = ()
 
   def card(self) -> dict[str, Any]:
     """Returns what a network that began with these weights says of them."""
@@ -60,8 +68,23 @@ class Source:
     }
 
 
+# What torchvision's networks do and no file of tensors shows.
+_ASSUMED = {
+  "resnet": (
+    "stride in the 3x3 convolutions, max-pool in the stem, no dilation, no"
+    " anti-aliasing, ReLU"
+  ),
+  "densenet": (
+    "max-pool in the stem, average pooling in the transitions, no"
+    " anti-aliasing, ReLU, also after norm5"
+  ),
+}
+
+
 def resolve_weights(
-  network: str, weights: str | os.PathLike[str] | None
+  network: str,
+  weights: str | os.PathLike[str] | None,
+  prefix: str = "",
 ) -> Source:
   """Finds the file that `weights=` means, and what is known of it.
 
@@ -69,48 +92,104 @@ def resolve_weights(
     network: the zoo's name of the network that is to be filled.
     weights: None or "random"; a catalog name; a path; or `name=path`, a file
       of one's own that is what the catalog describes under that name.
+    prefix: which network of a file that holds several: what stands before its
+      names, e.g. `module.momentum_encoder.`, "." for nothing; "" to find it.
 
   Returns:
     The source. A path without a name is taken to expect ImageNet's mean and
-    standard deviation, unless it is a safetensors file that `export` wrote,
-    which says.
+    standard deviation, unless it is a safetensors file that `export` wrote or
+    lies in a folder of the hub, which say.
 
   Raises:
-    UsageError: no such name or file, or its digest is wrong.
+    UsageError: no such name or file, its digest is wrong, it is of another
+      network, or nobody can tell which of its networks is meant.
   """
   zoo.family(network)
   if weights is None or weights == "random":
+    if prefix:
+      raise errors.UsageError(
+        f"config.network.prefix (prefix= of create_model) is {prefix!r}, but"
+        " random weights come from no file: drop it, or give weights"
+      )
     return Source("random")
   text = os.fspath(weights)
   name, is_named, path_text = text.partition("=")
   if is_named and name in catalog.names():
     row = catalog.find(name, network)
-    source = _source_of_row(row, pathlib.Path(path_text).expanduser())
+    path = readers.find_checkpoint(pathlib.Path(path_text).expanduser())
+    source = _source_of_row(row, path, prefix)
     if not source.sha256.startswith(row.sha256 or ""):
       raise errors.UsageError(
         f"{source.path}: SHA-256 is {source.sha256}, but {row.name} was"
         f" published with {row.sha256}"
       )
-    return source
-  path = pathlib.Path(text).expanduser()
-  if text in catalog.names() or not _is_path(weights, path):
+    stored = readers.open_checkpoint(path)
+    notes = _left_out(source, network, stored)
+    return dataclasses.replace(source, notes=tuple(notes))
+  given = pathlib.Path(text).expanduser()
+  if text in catalog.names() or not _is_path(weights, given):
     row = catalog.find(text, network)
-    return _source_of_row(row, catalog.resolve(row))
-  about = _read_details(path)
+    return _source_of_row(row, catalog.resolve(row), prefix)
+  return _source_of_path(network, given, prefix)
+
+
+def _source_of_path(network: str, given: pathlib.Path, prefix: str) -> Source:
+  """Looks at a file of somebody's, and says what cannot be seen in it."""
+  path = readers.find_checkpoint(given)
+  digest = _digest(path)
+  stored = readers.open_checkpoint(path)
+  about = _read_details(path, stored)
   if about.get("network", network) != network:
-    raise errors.UsageError(f"{path} holds {about['network']}, not {network}")
-  return Source(
-    path.name,
+    held = printable(str(about["network"]))
+    raise errors.UsageError(f"{path} holds {held}, not {network}")
+  is_known = hub.check_architecture(network, path, stored.said)
+  beside = hub.statistics(path)
+  source = Source(
+    # `.` and `..` have no name of their own.
+    (given if given.name.strip(".") else given.resolve()).name,
     path,
-    _digest(path),
-    mean=_triple(path, about, "mean", catalog.IMAGENET_MEAN),
-    std=_triple(path, about, "std", catalog.IMAGENET_STD),
+    digest,
+    mean=_triple(path, beside | about, "mean", catalog.IMAGENET_MEAN),
+    std=_triple(path, beside | about, "std", catalog.IMAGENET_STD),
     final_relu=about.get("final_relu", True) is not False,
     licence=str(about.get("licence", "")),
     until=str(about.get("until", "")),
     flatten=_side(path, about.get("flatten")),
     slim_after=_layer(path, about.get("slim_after")),
+    prefix=prefix,
   )
+  if "network" in about:
+    return source
+  notes = _left_out(source, network, stored)
+  assumed = "" if is_known else _ASSUMED.get(zoo.family(network), "")
+  if assumed:
+    notes.append(
+      f"{source.label}: names and shapes are {network}'s; what no file of"
+      f" tensors shows is assumed to be torchvision's: {assumed}"
+      + ("" if beside else "; and ImageNet's mean and std for its images")
+    )
+  elif not beside:
+    notes.append(
+      f"{source.label}: ImageNet's mean and std are assumed for its images"
+    )
+  return dataclasses.replace(source, notes=tuple(notes))
+
+
+def _left_out(
+  source: Source, network: str, stored: readers.Checkpoint
+) -> list[str]:
+  """Says which part of a file is read, and what is guessed of its numbering."""
+  place = _locate(source, network, stored)
+  notes = []
+  if left_out := keymaps.left_out(
+    place, _shapes_of(stored), tensors.head_names(zoo.family(network))
+  ):
+    start = printable(place.start)
+    where = f"what stands under {start}" if start else "the network"
+    notes.append(f"{source.label}: {where} is read; left out: {left_out}")
+  if numbering := keymaps.numbering(place):
+    notes.append(f"{source.label}: {numbering}")
+  return notes
 
 
 def _is_path(weights: str | os.PathLike[str], path: pathlib.Path) -> bool:
@@ -119,11 +198,11 @@ def _is_path(weights: str | os.PathLike[str], path: pathlib.Path) -> bool:
     not isinstance(weights, str)
     or (weights != "" and path.exists())
     or os.sep in weights
-    or path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".torch", ".bin")
+    or path.suffix in readers.SUFFIXES
   )
 
 
-def _source_of_row(row: catalog.Row, path: pathlib.Path) -> Source:
+def _source_of_row(row: catalog.Row, path: pathlib.Path, prefix: str) -> Source:
   return Source(
     row.name,
     path,
@@ -132,13 +211,16 @@ def _source_of_row(row: catalog.Row, path: pathlib.Path) -> Source:
     row.std,
     row.final_relu,
     row.licence,
+    prefix=prefix,
   )
 
 
-def _read_details(path: pathlib.Path) -> dict[str, Any]:
+def _read_details(
+  path: pathlib.Path, stored: readers.Checkpoint
+) -> dict[str, Any]:
   """Returns what `export` wrote into a file's header; {} for other files."""
   try:
-    details = json.loads(readers.read_metadata(path).get("jaxtransfer", "{}"))
+    details = json.loads(stored.said.get("jaxtransfer", "{}"))
   except ValueError:
     details = None
   if not isinstance(details, dict):
@@ -171,26 +253,63 @@ def _triple(
     red, green, blue = (float(v) for v in value)
   except (TypeError, ValueError):
     raise errors.UsageError(
-      f"{path}: {key} in its header is not three numbers"
+      f"{path}: {key} in its header or config is not three numbers"
     ) from None
   return red, green, blue
 
 
 def _digest(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file, or of a directory's names and bytes."""
+  """Returns the SHA-256 of a file, or of several files' names and bytes."""
   try:
-    if not path.is_dir():
+    listed = readers.files_of(path)
+    if listed == [path]:
       return files.sha256_of(path)
-    readers.check_orbax(path)
     digest = hashlib.sha256()
-    for inner in sorted(p for p in path.rglob("*") if p.is_file()):
-      name = inner.relative_to(path).as_posix()
+    root = path if path.is_dir() else path.parent
+    for inner in listed:
+      name = inner.relative_to(root).as_posix()
       digest.update(f"{name}\0{files.sha256_of(inner)}\n".encode())
     return digest.hexdigest()
   except OSError as error:
     raise errors.UsageError(
-      f"weights {path} cannot be read ({error.strerror})"
+      f"weights {error.filename or path} cannot be read ({error.strerror})"
     ) from None
+
+
+@functools.cache
+def _trunk(network: str, slim_after: str | None) -> dict[str, tuple[int, ...]]:
+  return tensors.shapes(zoo.build(network, slim_after=slim_after))
+
+
+def _shapes_of(stored: readers.Checkpoint) -> dict[str, tuple[int, ...]]:
+  return {name: tensor.shape for name, tensor in stored.items()}
+
+
+def _locate(
+  source: Source, network: str, stored: readers.Checkpoint
+) -> keymaps.Place:
+  """Finds the network in an opened file."""
+
+  def same(one: keymaps.Place, other: keymaps.Place) -> bool:
+    return all(
+      stored[place].read().tobytes()
+      == stored[other.found[name]].read().tobytes()
+      for name, place in one.found.items()
+      if name in other.found
+    )
+
+  try:
+    return keymaps.locate(
+      _shapes_of(stored),
+      family=zoo.family(network),
+      network=network,
+      trunk=_trunk(network, source.slim_after),
+      prefix=source.prefix,
+      foreign=stored.foreign,
+      same=same,
+    )
+  except errors.UsageError as error:
+    raise errors.UsageError(f"{source.path}: {error}") from None
 
 
 def read_weights(
@@ -215,19 +334,20 @@ def read_weights(
     UsageError: the file is damaged; a tensor is missing, left over, of another
       shape, not floating point, or holds NaN or infinity.
   """
-  family = zoo.family(network)
-  slim_after = source.slim_after
   stored = readers.open_checkpoint(source.path)
+  place = _locate(source, network, stored)
+  head = tensors.head_names(zoo.family(network)) if keep_head else None
   try:
-    places = keymaps.to_torchvision(
-      {name: tensor.shape for name, tensor in stored.items()},
-      family=family,
+    places = keymaps.fit(
+      place,
+      _shapes_of(stored),
       network=network,
       wanted=tensors.shapes(
-        zoo.build(network, until=until, slim_after=slim_after)
+        zoo.build(network, until=until, slim_after=source.slim_after)
       ),
-      trunk=tensors.shapes(zoo.build(network, slim_after=slim_after)),
-      head=tensors.head_names(family) if keep_head else None,
+      trunk=_trunk(network, source.slim_after),
+      head=head,
+      foreign=stored.foreign,
     )
   except errors.UsageError as error:
     raise errors.UsageError(f"{source.path}: {error}") from None
@@ -235,15 +355,16 @@ def read_weights(
   for name, place in places.items():
     if not jnp.issubdtype(stored[place].dtype, jnp.floating):
       raise errors.UsageError(
-        f"{source.path}: {place} is {stored[place].dtype}, not floating point"
+        f"{source.path}: {printable(place)} is {stored[place].dtype}, not"
+        " floating point"
       )
     with np.errstate(over="ignore"):
       value = stored[place].read().astype(np.float32)
     if not np.isfinite(value).all():
       bad = np.count_nonzero(~np.isfinite(value))
       raise errors.UsageError(
-        f"{source.path}: {place} holds {bad:,} NaN or infinite numbers"
-        f" of {value.size:,}"
+        f"{source.path}: {printable(place)} holds {bad:,} NaN or infinite"
+        f" numbers of {value.size:,}"
       )
     found[name] = value
   return found
@@ -259,6 +380,7 @@ def create_model(
   dtype: Any = jnp.float32,
   flatten: int | None = None,
   slim_after: str | None = None,
+  prefix: str = "",
 ) -> Network:
   """Creates a network, cut where asked, with pretrained or random weights.
 
@@ -271,8 +393,9 @@ def create_model(
     keep_head: keep the checkpoint's own head: of an uncut network, or of one
       that `export` wrote, cut where it says.
     weights: None for random; a catalog name (`catalog.names()`); a path to
-      safetensors, a torch file or an Orbax directory; `name=path`; or what
-      `resolve_weights` returned.
+      safetensors, a torch file, a folder of the hub or an Orbax directory;
+      `name=path`; or what `resolve_weights` returned. Of a file that is not
+      the catalog's, a warning says what is left out and what is assumed.
     seed: of all that is random.
     dtype: compute dtype; parameters stay float32.
     flatten: makes the fresh head read the whole last map of images of this
@@ -281,6 +404,7 @@ def create_model(
       numbers; all after it have half the width and random ones, and theirs
       are never read. None for full width, or for the width of a file that
       `export` wrote.
+    prefix: as for `resolve_weights`, where `weights` is a path or a name.
 
   Returns:
     The network: `model(images)` with images (N, H, W, 3) float, normalised by
@@ -291,8 +415,15 @@ def create_model(
     UsageError: no such network, layer or weights; a checkpoint that does not
       fit; or arguments that contradict each other.
   """
+  told: tuple[str, ...] = ()
   if not isinstance(weights, Source):
-    weights = resolve_weights(name, weights)
+    weights = resolve_weights(name, weights, prefix)
+    told = weights.notes
+  elif prefix:
+    raise errors.UsageError(
+      f"prefix is {prefix!r}, but a Source has its own: give it to"
+      " resolve_weights"
+    )
   if keep_head and num_classes is not None:
     raise errors.UsageError(
       "keep_head=True keeps the checkpoint's own head: drop num_classes, or"
@@ -354,6 +485,8 @@ def create_model(
   if expected.keys() != values.keys():
     values = tensors.random(model, seed) | values
   tensors.load(model, values)
+  for note in told:
+    warnings.warn(note, stacklevel=2)
   return model
 
 

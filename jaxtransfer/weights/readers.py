@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -13,8 +12,8 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from jaxtransfer import errors
-from jaxtransfer.weights import torchfile
-from jaxtransfer.weights.torchfile import StoredTensor
+from jaxtransfer.weights import pickles, torchfile
+from jaxtransfer.weights.torchfile import Checkpoint, StoredTensor
 
 _SAFETENSORS = {
   "F64": "<f8",
@@ -33,9 +32,77 @@ _SAFETENSORS = {
 }
 
 
+_INDEX = ".index.json"
+# As the hub names them; the first that is there is taken.
+_HUB_FILES = tuple(
+  f"{name}{end}"
+  for name in ("model.safetensors", "pytorch_model.bin")
+  for end in ("", _INDEX)
+)
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".torch", ".bin")
+# A list of some thousand names; a larger file is none.
+_MAX_INDEX_BYTES = 64 * 2**20
+
+
+def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
+  """Finds what `open_checkpoint` can open in a folder.
+
+  Args:
+    path: a folder of the hub, as it is downloaded or cached; an Orbax
+      directory; a folder with one file of weights; or a file.
+
+  Returns:
+    The file in the folder, or the path itself where it is an Orbax directory
+    or no folder.
+
+  Raises:
+    UsageError: there is nothing in it, or more than one can be meant.
+  """
+  if not path.is_dir() or (path / "_METADATA").is_file():
+    return path
+  for name in _HUB_FILES:
+    if (path / name).is_file():
+      return path / name
+  inside = sorted(path.iterdir())
+  if (path / "snapshots") in inside:
+    inside = sorted((path / "snapshots").iterdir())
+    if len(inside) == 1:
+      return find_checkpoint(inside[0])
+  else:
+    inside = [p for p in inside if p.suffix in SUFFIXES and p.is_file()]
+    if len(inside) == 1:
+      return inside[0]
+  if inside:
+    listed = ", ".join(pickles.printable(p.name) for p in inside[:5])
+    raise errors.UsageError(
+      f"{path}: which of {len(inside)} is meant? Give the path of one: {listed}"
+    )
+  raise errors.UsageError(
+    f"{path}: not an Orbax checkpoint of tensors (give the directory that holds"
+    " its _METADATA), and no model.safetensors or pytorch_model.bin in it"
+  )
+
+
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all files that a checkpoint consists of.
+
+  Args:
+    path: as `find_checkpoint` returns it.
+
+  Raises:
+    UsageError: it is a list of files that is damaged.
+  """
+  if path.is_dir():
+    check_orbax(path)
+    return sorted(p for p in path.rglob("*") if p.is_file())
+  if path.name.endswith(_INDEX):
+    return [path, *sorted(set(_shards(path).values()))]
+  return [path]
+
+
 def open_checkpoint(
   path: str | os.PathLike[str],
-) -> Mapping[str, StoredTensor]:
+) -> Checkpoint:
   """Lists a checkpoint's tensors without reading their numbers.
 
   The format is told by the file's first bytes and not by its name. No pickle
@@ -43,19 +110,21 @@ def open_checkpoint(
 
   Args:
     path: a `.safetensors` file, a file of `torch.save` (zip or the format
-      before it), or an Orbax directory.
+      before it), the `.index.json` of several such files, or an Orbax
+      directory.
 
   Returns:
-    {name: tensor}; a tensor inside nested dicts is named by their keys, the
-    last of them after a slash (`state_dict/conv1.weight`).
+    Its tensors, the names of objects beside them, and what it says of itself.
 
   Raises:
     UsageError: there is no such file, or it is damaged, cut short, of an
-      unknown format, or holds anything but tensors, containers and numbers.
+      unknown format, or holds no tensors but objects that are not rebuilt.
   """
   path = pathlib.Path(path)
   if path.is_dir():
     return _read_orbax(path)
+  if path.name.endswith(_INDEX):
+    return _read_shards(path)
   try:
     with open(path, "rb") as f:
       start = f.read(16)
@@ -70,6 +139,53 @@ def open_checkpoint(
   raise errors.UsageError(f"{path}: {_what_instead(start)}")
 
 
+def _shards(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns {tensor's name: the file that holds it} of an `.index.json`."""
+  try:
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+      raise ValueError
+    listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    shards = {}
+    for name, file in listed.items():
+      # A name with folders in it could be any file of the machine, and a list
+      # of lists could name itself.
+      shards[name] = path.parent / file
+      if (
+        file != pathlib.PurePath(file).name
+        or file.endswith(_INDEX)
+        or not file.isprintable()
+        or shards[name].is_dir()
+      ):
+        raise ValueError
+    return shards
+  except OSError as error:
+    raise errors.UsageError(
+      f"{path}: cannot be read ({error.strerror})"
+    ) from None
+  except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    raise errors.UsageError(
+      f"{path}: damaged: no list of tensors and of files beside it"
+    ) from None
+
+
+def _read_shards(path: pathlib.Path) -> Checkpoint:
+  shards = _shards(path)
+  opened = {
+    file: open_checkpoint(file) for file in sorted(set(shards.values()))
+  }
+  found, foreign, said = {}, {}, {}
+  for checkpoint in opened.values():
+    foreign |= checkpoint.foreign
+    said |= checkpoint.said
+  for name, file in shards.items():
+    if name not in opened[file]:
+      raise errors.UsageError(
+        f"{file}: no {pickles.printable(name)} in it, where {path.name} says"
+      )
+    found[name] = opened[file][name]
+  return Checkpoint(found, foreign=foreign, said=said)
+
+
 def _what_instead(start: bytes) -> str:
   if not start:
     return "an empty file"
@@ -82,13 +198,14 @@ def _what_instead(start: bytes) -> str:
   return "neither safetensors nor a file of torch.save nor an Orbax directory"
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
-  _, entries, start = _safetensors_header(path)
+def _read_safetensors(path: pathlib.Path) -> Checkpoint:
+  said, entries, start = _safetensors_header(path)
   found = {}
   for name, entry in entries.items():
     if entry["dtype"] not in _SAFETENSORS:
       raise errors.UsageError(
-        f"{path}: {name} has the unsupported type {entry['dtype']}"
+        f"{path}: {pickles.printable(name)} has the unsupported type"
+        f" {pickles.printable(entry['dtype'])}"
       )
     dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
     shape = tuple(entry["shape"])
@@ -106,7 +223,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
       return data.reshape(shape)
 
     found[name] = StoredTensor(shape, dtype, read)
-  return found
+  return Checkpoint(found, said=said)
 
 
 def _safetensors_header(
@@ -123,21 +240,10 @@ def _safetensors_header(
       header = json.loads(f.read(size))
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise errors.UsageError(
-      f"{path}: cut short or damaged ({error}); get the file again"
+      f"{path}: cut short or damaged ({pickles.printable(str(error))}); get the"
+      " file again"
     ) from None
   return header.pop("__metadata__", {}), header, 8 + size
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-  """Returns what a safetensors file says of itself; {} for other formats.
-
-  Raises:
-    UsageError: the file is damaged.
-  """
-  path = pathlib.Path(path)
-  if path.suffix != ".safetensors" or not path.is_file():
-    return {}
-  return _safetensors_header(path)[0]
 
 
 def check_orbax(path: pathlib.Path) -> None:
@@ -153,7 +259,7 @@ def check_orbax(path: pathlib.Path) -> None:
     )
 
 
-def _read_orbax(path: pathlib.Path) -> dict[str, StoredTensor]:
+def _read_orbax(path: pathlib.Path) -> Checkpoint:
   check_orbax(path)
   path = path.absolute()
   # Orbax and TensorStore document no common exception for a damaged directory.
@@ -175,7 +281,7 @@ def _read_orbax(path: pathlib.Path) -> dict[str, StoredTensor]:
         np.dtype(node.dtype),
         _OrbaxRead(path, keys),
       )
-  return found
+  return Checkpoint(found)
 
 
 class _OrbaxRead:

@@ -1,37 +1,29 @@
 """Reads torch's files without torch, and without running their pickles.
 
-A `.pth` is a pickle beside raw buffers, and a pickle is a program. The
-interpreter here walks its opcodes itself: a global is never imported, and a
-call reaches only the few inert functions of this file, which return plain
-containers, numbers and descriptions of tensors. Whatever else a file names is
-refused by that name.
+A `.pth` is a pickle beside raw buffers; what the pickle comes to is found out
+by `pickles`.
 """
 
 import dataclasses
 import io
-import math
 import mmap
 import pathlib
-import pickletools
 import posixpath
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxtransfer import errors
+from jaxtransfer.weights import pickles
+from jaxtransfer.weights.pickles import printable
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 ZIP_MAGIC = b"PK\x03\x04"
 
-# A state dict of a thousand tensors takes about 30,000 opcodes; this bounds
-# the time that a hostile file can take.
-_MAX_OPCODES = 3_000_000
 _MAX_PICKLE_BYTES = 64 * 2**20
-_MAX_AXES = 8
 
 # What zipfile raises over damaged directories, names and entries.
 _ZIP_ERRORS = (
@@ -44,68 +36,6 @@ _ZIP_ERRORS = (
   ValueError,
   struct.error,
 )
-
-_DTYPES: dict[str, Any] = {
-  "float64": "<f8",
-  "float32": "<f4",
-  "float16": "<f2",
-  "bfloat16": ml_dtypes.bfloat16,
-  "int64": "<i8",
-  "int32": "<i4",
-  "int16": "<i2",
-  "int8": "i1",
-  "uint8": "u1",
-  "bool": "?",
-  "complex64": "<c8",
-  "complex128": "<c16",
-}
-_STORAGES = {
-  "DoubleStorage": "float64",
-  "FloatStorage": "float32",
-  "HalfStorage": "float16",
-  "BFloat16Storage": "bfloat16",
-  "LongStorage": "int64",
-  "IntStorage": "int32",
-  "ShortStorage": "int16",
-  "CharStorage": "int8",
-  "ByteStorage": "uint8",
-  "BoolStorage": "bool",
-  "ComplexFloatStorage": "complex64",
-  "ComplexDoubleStorage": "complex128",
-}
-
-# What training frameworks leave beside the weights: accepted, and replaced by
-# a placeholder that holds a name and does nothing.
-_IGNORED_PACKAGES = (
-  "pytorch_lightning.",
-  "lightning.",
-  "lightning_fabric.",
-  "torchmetrics.",
-  "omegaconf.",
-  "numpy.core.multiarray.",
-  "numpy._core.multiarray.",
-)
-_IGNORED_NAMES = frozenset(
-  f"{module}.{name}"
-  for module, names in {
-    "argparse": ("Namespace",),
-    "_codecs": ("encode",),
-    "copyreg": ("_reconstructor",),
-    "builtins": (
-      *("object", "int", "float", "complex", "bool", "str", "bytes"),
-      *("bytearray", "list", "tuple", "dict", "set", "frozenset", "range"),
-      "slice",
-    ),
-    "pathlib": ("Path", "PurePath", "PosixPath", "PurePosixPath")
-    + ("WindowsPath", "PureWindowsPath"),
-    "numpy": ("dtype", "ndarray"),
-    "torch": ("device", "Tensor", "strided", "memory_format"),
-    "torch.nn.parameter": ("Parameter",),
-    "torch.serialization": ("_get_layout",),
-  }.items()
-  for name in names
-)
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,94 +53,71 @@ class StoredTensor:
   read: Callable[[], np.ndarray]
 
 
-class _Refused(Exception):
-  """Why a file is not read; the message completes `<path>: `."""
+class Checkpoint(dict[str, StoredTensor]):
+  """A checkpoint's tensors by name, and what else it says.
+
+  A tensor inside nested dicts is named by their keys, the last of them after a
+  slash (`state_dict/conv1.weight`).
+
+  Attributes:
+    foreign: {name: what it is} of the objects that are not rebuilt.
+    said: {key: text} that the file says of itself.
+  """
+
+  def __init__(
+    self,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    foreign: Mapping[str, str] | None = None,
+    said: Mapping[str, str] | None = None,
+  ):
+    super().__init__(tensors)
+    self.foreign = dict(foreign or {})
+    self.said = dict(said or {})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placeholder:
-  """Stands for an object that is not rebuilt."""
-
-  name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Function:
-  """One of the functions of this file that a pickle may call."""
-
-  name: str
-  call: Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _DType:
-  """A torch dtype, or the storage class of one; `name` None is untyped."""
-
-  name: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-  """A buffer of the file: its key, its bytes, and a view's first element."""
-
-  key: str
-  dtype: str | None
-  nbytes: int
-  start: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-  """A tensor as torch describes it: strides over a storage, in elements."""
-
-  storage: _Storage
-  dtype: str
-  offset: int
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]
-
-
-def read_torch_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+def read_torch_file(path: pathlib.Path) -> Checkpoint:
   """Lists the tensors of a torch file; their numbers are read on demand.
 
   Args:
     path: a file of `torch.save`, in the zip format or the one before it.
 
   Returns:
-    {name: tensor}; a tensor inside nested dicts is named by their keys, the
-    last of them after a slash (`state_dict/conv1.weight`).
+    Its tensors, the names of objects beside them, and the texts in it.
 
   Raises:
-    UsageError: the file is damaged, cut short, or holds anything but tensors,
-      containers and numbers.
+    UsageError: the file is damaged, cut short, or holds no tensors but only
+      objects that are not rebuilt.
 
   Source: torch/serialization.py, `_legacy_load` and `_load`.
   """
   with open(path, "rb") as f:
     is_zip = f.read(4) == ZIP_MAGIC
   try:
-    tree, read_storage = _open_zip(path) if is_zip else _open_legacy(path)
-    if not isinstance(tree, dict):
-      raise _Refused("holds no dict of tensors")
-    return {
-      name: _stored(path, view, read_storage)
-      for name, view in _tensors_of(tree).items()
-    }
-  except _Refused as refusal:
+    contents, read_storage = _open_zip(path) if is_zip else _open_legacy(path)
+    return Checkpoint(
+      {
+        name: _stored(path, view, read_storage)
+        for name, view in contents.views.items()
+      },
+      foreign={name: str(what) for name, what in contents.foreign.items()},
+      said=contents.said,
+    )
+  except pickles.Refused as refusal:
     raise errors.UsageError(f"{path}: {refusal}") from None
 
 
 def _stored(
   path: pathlib.Path,
-  view: _View,
-  read_storage: Callable[[_Storage], bytes],
+  view: pickles.View,
+  read_storage: Callable[[pickles.Storage], bytes],
 ) -> StoredTensor:
-  dtype = np.dtype(_DTYPES[view.dtype])
+  dtype = np.dtype(pickles.DTYPES[view.dtype])
 
   def read() -> np.ndarray:
     try:
       data = np.frombuffer(read_storage(view.storage), dtype)
-    except _Refused as refusal:
+    except pickles.Refused as refusal:
       raise errors.UsageError(f"{path}: {refusal}") from None
     if 0 in view.shape:
       return np.zeros(view.shape, dtype)
@@ -225,8 +132,28 @@ def _stored(
   return StoredTensor(view.shape, dtype, read)
 
 
-def _tensors_of(tree: Any) -> dict[str, _View]:
-  found: dict[str, _View] = {}
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+  """What a file's pickle comes to: tensors and placeholders by name, texts."""
+
+  views: dict[str, pickles.View]
+  foreign: dict[str, pickles.Placeholder]
+  said: dict[str, str]
+
+
+def _contents_of(tree: Any) -> _Contents:
+  """Walks nested containers.
+
+  Raises:
+    pickles.Refused: there are no tensors, but objects that are not rebuilt.
+  """
+  if isinstance(tree, pickles.Placeholder):
+    what = "" if tree.is_model else "holds no dict of tensors; it is "
+    raise pickles.Refused(f"{what}{tree}")
+  if not isinstance(tree, dict):
+    raise pickles.Refused("holds no dict of tensors")
+  views: dict[str, pickles.View] = {}
+  foreign: dict[str, pickles.Placeholder] = {}
   seen: set[int] = set()
   waiting: list[tuple[str, Any]] = [("", tree)]
   while waiting:
@@ -245,53 +172,79 @@ def _tensors_of(tree: Any) -> dict[str, _View]:
       items = [(str(i), value) for i, value in enumerate(node)]
     for key, value in items:
       name = f"{container}/{key}" if container else key
-      if isinstance(value, _View):
-        found[name] = value
+      if isinstance(value, pickles.View):
+        views[name] = value
+      elif isinstance(value, pickles.Placeholder):
+        foreign[name] = value
       elif isinstance(value, dict | list | tuple):
         waiting.append((name, value))
+  if foreign and not views:
+    name = min(foreign, key=lambda n: not foreign[n].is_model)
+    raise pickles.Refused(
+      f"holds no tensors; {printable(name)} is {foreign[name]}"
+    )
+  return _Contents(views, foreign, _texts_of(tree))
+
+
+# Where training scripts keep what they were called with.
+_SETTINGS = ("args", "config", "hyper_parameters", "hparams", "opt")
+
+
+def _texts_of(tree: dict[Any, Any]) -> dict[str, str]:
+  """Returns the texts beside the tensors: an architecture's name and such."""
+  found: dict[str, str] = {}
+  for part in (*(tree.get(key) for key in _SETTINGS), tree):
+    texts = part.state if isinstance(part, pickles.Placeholder) else part
+    for key, value in texts.items() if isinstance(texts, dict) else ():
+      if isinstance(key, str) and isinstance(value, str):
+        found[key] = value
   return found
 
 
 def _open_zip(
   path: pathlib.Path,
-) -> tuple[Any, Callable[[_Storage], bytes]]:
+) -> tuple[_Contents, Callable[[pickles.Storage], bytes]]:
   try:
     archive = zipfile.ZipFile(path)
   except _ZIP_ERRORS:
-    raise _Refused(
+    raise pickles.Refused(
       f"cut short or damaged: a zip without its directory, after"
       f" {path.stat().st_size:,} bytes; get the file again"
     ) from None
   entries = _check_entries(archive, path.stat().st_size)
-  pickles = [n for n in entries if posixpath.basename(n) == "data.pkl"]
-  root = posixpath.dirname(pickles[0]) if pickles else ""
+  listed = [n for n in entries if posixpath.basename(n) == "data.pkl"]
+  root = posixpath.dirname(listed[0]) if listed else ""
   if posixpath.join(root, "constants.pkl") in entries:
-    raise _Refused(
+    raise pickles.Refused(
       "a TorchScript program, not a state dict; save model.state_dict()"
     )
-  if len(pickles) != 1:
-    raise _Refused("a zip, but not torch's: no data.pkl in it")
+  if len(listed) != 1:
+    raise pickles.Refused("a zip, but not torch's: no data.pkl in it")
   order = entries.get(posixpath.join(root, "byteorder"))
   if order and _read_entry(archive, order).strip() != b"little":
-    raise _Refused("written on a big-endian machine; save it on another")
-  if entries[pickles[0]].file_size > _MAX_PICKLE_BYTES:
-    raise _Refused("its pickle is larger than any state dict's")
+    raise pickles.Refused("written on a big-endian machine; save it on another")
+  if entries[listed[0]].file_size > _MAX_PICKLE_BYTES:
+    raise pickles.Refused("its pickle is larger than any state dict's")
 
-  def persistent(saved: Any) -> _Storage:
+  def persistent(saved: Any) -> pickles.Storage | pickles.Placeholder:
+    if (foreign := _foreign_of(saved)) is not None:
+      return foreign
     storage, _ = _storage_of(saved, fields=5)
     entry = entries.get(posixpath.join(root, "data", storage.key))
     if entry is None:
-      raise _Refused(f"cut short: no data/{storage.key} in it")
+      raise pickles.Refused(
+        f"cut short: no data/{printable(storage.key)} in it"
+      )
     if entry.file_size != storage.nbytes:
-      raise _Refused(
-        f"data/{storage.key} has {entry.file_size:,} bytes where its tensors"
-        f" need {storage.nbytes:,}: damaged"
+      raise pickles.Refused(
+        f"data/{printable(storage.key)} has {entry.file_size:,} bytes where its"
+        f" tensors need {storage.nbytes:,}: damaged"
       )
     return storage
 
   last: dict[str, bytes] = {}
 
-  def read_storage(storage: _Storage) -> bytes:
+  def read_storage(storage: pickles.Storage) -> bytes:
     # Tensors that share a storage follow each other: one is remembered.
     if storage.key not in last:
       entry = entries[posixpath.join(root, "data", storage.key)]
@@ -300,8 +253,8 @@ def _open_zip(
       last[storage.key] = data
     return last[storage.key]
 
-  stream = io.BytesIO(_read_entry(archive, entries[pickles[0]]))
-  return _interpret(stream, persistent), read_storage
+  stream = io.BytesIO(_read_entry(archive, entries[listed[0]]))
+  return _contents_of(pickles.interpret(stream, persistent)), read_storage
 
 
 def _check_entries(
@@ -312,23 +265,25 @@ def _check_entries(
   for entry in archive.infolist():
     name = entry.filename
     if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-      raise _Refused(f"a zip entry has the unsafe path {_printable(name)}")
+      raise pickles.Refused(
+        f"a zip entry has the unsafe path {printable(name)}"
+      )
     if name in entries:
-      raise _Refused(f"holds the zip entry {_printable(name)} twice")
+      raise pickles.Refused(f"holds the zip entry {printable(name)} twice")
     if entry.flag_bits & 1:
-      raise _Refused(f"the zip entry {_printable(name)} is encrypted")
+      raise pickles.Refused(f"the zip entry {printable(name)} is encrypted")
     if (
       entry.compress_type != zipfile.ZIP_STORED
       or entry.compress_size != entry.file_size
     ):
-      raise _Refused(
-        f"the zip entry {_printable(name)} is compressed, which torch never"
+      raise pickles.Refused(
+        f"the zip entry {printable(name)} is compressed, which torch never"
         " does; refused"
       )
     entries[name] = entry
   total = sum(entry.file_size for entry in entries.values())
   if total > file_bytes:
-    raise _Refused(
+    raise pickles.Refused(
       f"its zip entries claim {total:,} bytes in a file of {file_bytes:,}:"
       " cut short or damaged"
     )
@@ -341,28 +296,32 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
       data = f.read()
   except _ZIP_ERRORS as error:
     what = "wrong checksum" if "CRC" in str(error) else "damaged"
-    raise _Refused(
-      f"{_printable(entry.filename)}: {what}; get the file again"
+    raise pickles.Refused(
+      f"{printable(entry.filename)}: {what}; get the file again"
     ) from None
   if len(data) != entry.file_size:
-    raise _Refused(f"{_printable(entry.filename)}: cut short")
+    raise pickles.Refused(f"{printable(entry.filename)}: cut short")
   return data
 
 
 def _open_legacy(
   path: pathlib.Path,
-) -> tuple[Any, Callable[[_Storage], bytes]]:
-  storages: dict[str, _Storage] = {}
+) -> tuple[_Contents, Callable[[pickles.Storage], bytes]]:
+  storages: dict[str, pickles.Storage] = {}
 
-  def persistent(saved: Any) -> _Storage:
+  def persistent(saved: Any) -> pickles.Storage | pickles.Placeholder:
+    if (foreign := _foreign_of(saved)) is not None:
+      if saved[0] == "storage":
+        raise pickles.Refused(f"holds numbers of an unknown type, {foreign}")
+      return foreign
     storage, view = _storage_of(saved, fields=6)
     if storages.setdefault(storage.key, storage) != storage:
-      raise _Refused(f"storage {_printable(storage.key)} has two sizes")
+      raise pickles.Refused(f"storage {printable(storage.key)} has two sizes")
     if view is None:
       return storage
-    start, size = _integers(view[1:])
-    if (start + size) * _itemsize(storage.dtype) > storage.nbytes:
-      raise _Refused("a storage's view is larger than the storage")
+    start, size = pickles.integers(view[1:])
+    if (start + size) * pickles.itemsize(storage.dtype) > storage.nbytes:
+      raise pickles.Refused("a storage's view is larger than the storage")
     return dataclasses.replace(storage, start=start)
 
   # Mapped, because a file's `read` would first allocate whatever length a
@@ -371,392 +330,79 @@ def _open_legacy(
     open(path, "rb") as whole,
     mmap.mmap(whole.fileno(), 0, access=mmap.ACCESS_READ) as f,
   ):
-    _interpret(f, persistent)
-    if _interpret(f, persistent) != 1001:
-      raise _Refused("an unknown version of torch's old format")
-    system = _interpret(f, persistent)
+    pickles.interpret(f, persistent)
+    if pickles.interpret(f, persistent) != 1001:
+      raise pickles.Refused("an unknown version of torch's old format")
+    system = pickles.interpret(f, persistent)
     if isinstance(system, dict) and system.get("little_endian") is False:
-      raise _Refused("written on a big-endian machine; save it on another")
-    tree = _interpret(f, persistent)
-    keys = _interpret(f, persistent)
+      raise pickles.Refused(
+        "written on a big-endian machine; save it on another"
+      )
+    contents = _contents_of(pickles.interpret(f, persistent))
+    keys = pickles.interpret(f, persistent)
     places: dict[str, int] = {}
     if not isinstance(keys, list):
-      raise _Refused("damaged: no list of storages")
+      raise pickles.Refused("damaged: no list of storages")
     for key in map(str, keys):
       if key not in storages:
-        raise _Refused(f"damaged: storage {_printable(key)} is not used")
+        raise pickles.Refused(f"damaged: storage {printable(key)} is not used")
       header = f.read(8)
       if len(header) < 8:
-        raise _Refused("cut short; get the file again")
+        raise pickles.Refused("cut short; get the file again")
       (numel,) = struct.unpack("<q", header)
-      if numel * _itemsize(storages[key].dtype) != storages[key].nbytes:
-        raise _Refused(f"damaged: storage {_printable(key)} has another size")
+      if numel * pickles.itemsize(storages[key].dtype) != storages[key].nbytes:
+        raise pickles.Refused(
+          f"damaged: storage {printable(key)} has another size"
+        )
       places[key] = f.tell()
       if f.tell() + storages[key].nbytes > len(f):
-        raise _Refused("cut short; get the file again")
+        raise pickles.Refused("cut short; get the file again")
       f.seek(storages[key].nbytes, 1)
     if places.keys() != storages.keys():
-      raise _Refused("cut short; get the file again")
+      raise pickles.Refused("cut short; get the file again")
 
-  def read_storage(storage: _Storage) -> bytes:
+  def read_storage(storage: pickles.Storage) -> bytes:
     with open(path, "rb") as f:
       f.seek(places[storage.key])
       data = f.read(storage.nbytes)
     if len(data) != storage.nbytes:
-      raise _Refused("cut short; get the file again")
+      raise pickles.Refused("cut short; get the file again")
     return data
 
-  return tree, read_storage
+  return contents, read_storage
+
+
+def _foreign_of(saved: Any) -> pickles.Placeholder | None:
+  """Returns what stands for a reference to a class or an unknown storage.
+
+  The old format refers to the source of a pickled model's classes so.
+  """
+  if (
+    isinstance(saved, tuple)
+    and len(saved) >= 2
+    and saved[0] in ("module", "storage")
+    and isinstance(saved[1], pickles.Placeholder)
+  ):
+    return saved[1]
+  return None
 
 
 def _storage_of(
   saved: Any, *, fields: int
-) -> tuple[_Storage, tuple[Any, ...] | None]:
+) -> tuple[pickles.Storage, tuple[Any, ...] | None]:
   """Reads (kind, storage class, key, device, numel[, view])."""
   if (
     not isinstance(saved, tuple)
     or not 5 <= len(saved) <= fields
     or saved[0] != "storage"
-    or not isinstance(saved[1], _DType)
+    or not isinstance(saved[1], pickles.DType)
   ):
-    raise _Refused("damaged: a reference that is not to a tensor's storage")
-  (numel,) = _integers((saved[4],))
+    raise pickles.Refused(
+      "damaged: a reference that is not to a tensor's storage"
+    )
+  (numel,) = pickles.integers((saved[4],))
   view = saved[5] if len(saved) == 6 else None
   if view is not None and (not isinstance(view, tuple) or len(view) != 3):
-    raise _Refused("damaged: a storage's view is not described")
-  nbytes = numel * _itemsize(saved[1].name)
-  return _Storage(str(saved[2]), saved[1].name, nbytes), view
-
-
-def _itemsize(dtype: str | None) -> int:
-  return 1 if dtype is None else np.dtype(_DTYPES[dtype]).itemsize
-
-
-def _integers(values: Any) -> tuple[int, ...]:
-  if not isinstance(values, tuple | list) or not all(
-    type(value) is int and 0 <= value < 2**48 for value in values
-  ):
-    raise _Refused("damaged: a tensor's sizes are not natural numbers")
-  return tuple(values)
-
-
-def _make_view(
-  storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any
-) -> _View:
-  """Stands for torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
-  if not isinstance(storage, _Storage) or storage.dtype is None:
-    raise _Refused("damaged: a tensor without a storage")
-  return _check_view(storage, storage.dtype, offset, shape, strides)
-
-
-def _make_typed_view(
-  storage: Any,
-  offset: Any,
-  shape: Any,
-  strides: Any,
-  _requires_grad: Any,
-  _hooks: Any,
-  dtype: Any,
-  *_rest: Any,
-) -> _View:
-  """Stands for torch._utils._rebuild_tensor_v3, over untyped bytes."""
-  if (
-    not isinstance(storage, _Storage)
-    or not isinstance(dtype, _DType)
-    or dtype.name is None
-  ):
-    raise _Refused("damaged: a tensor without a storage or type")
-  return _check_view(storage, dtype.name, offset, shape, strides)
-
-
-def _check_view(
-  storage: _Storage, dtype: str, offset: Any, shape: Any, strides: Any
-) -> _View:
-  (offset,) = _integers((offset,))
-  shape, strides = _integers(shape), _integers(strides)
-  if len(shape) != len(strides) or len(shape) > _MAX_AXES:
-    raise _Refused("damaged: a tensor's shape and strides do not agree")
-  held = storage.nbytes // _itemsize(dtype) - storage.start
-  last = offset + sum(
-    (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
-  )
-  # The count guards against strides of zero, which unfold to any size.
-  if 0 not in shape and (last >= held or math.prod(shape) > held):
-    raise _Refused(
-      f"a tensor of shape {shape} reaches beyond its storage of {held:,}"
-      " numbers: damaged"
-    )
-  return _View(storage, dtype, offset, shape, strides)
-
-
-def _make_parameter(data: Any, *_rest: Any) -> Any:
-  """Stands for torch._utils._rebuild_parameter: the tensor in it."""
-  return data
-
-
-def _make_from_type(function: Any, _type: Any, args: Any, *_rest: Any) -> Any:
-  """Stands for torch._tensor._rebuild_from_type_v2, for tensor subclasses."""
-  return _call(function, args)
-
-
-def _make_dict(*args: Any) -> dict[Any, Any]:
-  """Stands for collections.OrderedDict and its like."""
-  found: dict[Any, Any] = {}
-  pairs = args[0] if args and isinstance(args[0], list | tuple) else ()
-  for pair in pairs:
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-      raise _Refused("damaged: an ordered dict that is not of pairs")
-    _set_item(found, *pair)
-  return found
-
-
-def _make_size(sizes: Any) -> tuple[int, ...]:
-  """Stands for torch.Size."""
-  return _integers(sizes)
-
-
-_FUNCTIONS = {
-  name: _Function(name, call)
-  for name, call in {
-    "torch._utils._rebuild_tensor": _make_view,
-    "torch._utils._rebuild_tensor_v2": _make_view,
-    "torch._utils._rebuild_tensor_v3": _make_typed_view,
-    "torch._utils._rebuild_parameter": _make_parameter,
-    "torch._utils._rebuild_parameter_with_state": _make_parameter,
-    "torch._tensor._rebuild_from_type_v2": _make_from_type,
-    "torch.Size": _make_size,
-    "collections.OrderedDict": _make_dict,
-    "collections.defaultdict": lambda *_: {},
-    "collections.Counter": lambda *_: {},
-  }.items()
-}
-_TYPES = {
-  **{f"torch.{name}": _DType(name) for name in _DTYPES},
-  **{
-    f"{module}.{name}": _DType(dtype)
-    for module in ("torch", "torch.cuda")
-    for name, dtype in _STORAGES.items()
-  },
-  "torch.storage.UntypedStorage": _DType(None),
-  "torch.UntypedStorage": _DType(None),
-}
-
-
-def _find_global(module: Any, name: Any) -> Any:
-  if not isinstance(module, str) or not isinstance(name, str):
-    raise _Refused("damaged: a name that is not text")
-  full = f"{_OLD_MODULES.get(module, module)}.{name}"
-  if full in _FUNCTIONS:
-    return _FUNCTIONS[full]
-  if full in _TYPES:
-    return _TYPES[full]
-  if full in _IGNORED_NAMES or full.startswith(_IGNORED_PACKAGES):
-    return _Placeholder(full)
-  hint = (
-    "; it is a whole pickled model, so save model.state_dict() instead"
-    if full.startswith(("torch.nn.", "torchvision.", "timm."))
-    else ""
-  )
-  raise _Refused(
-    f"refused, because it holds {_printable(full)} and only tensors,"
-    f" containers and numbers are rebuilt{hint}"
-  )
-
-
-def _call(function: Any, args: Any) -> Any:
-  if isinstance(function, _Placeholder):
-    return function
-  if not isinstance(function, _Function) or not isinstance(args, tuple):
-    raise _Refused("damaged: it calls what is no function")
-  try:
-    return function.call(*args)
-  except TypeError:
-    raise _Refused(f"damaged: {function.name} has other arguments") from None
-
-
-def _set_item(container: Any, key: Any, value: Any) -> None:
-  if isinstance(container, _Placeholder):
-    return
-  if not isinstance(container, dict):
-    raise _Refused("damaged: an item is set in what is no dict")
-  # Nothing sought is stored under another key, and hashing nested tuples can
-  # be made to take for ever.
-  if isinstance(key, bytes):
-    key = key.decode("utf-8", "replace")
-  if isinstance(key, str | int | float):
-    container[key] = value
-
-
-def _extend(container: Any, values: list[Any]) -> None:
-  if isinstance(container, _Placeholder):
-    return
-  if not isinstance(container, list):
-    raise _Refused("damaged: an item is added to what is no list")
-  container.extend(values)
-
-
-def _printable(text: str) -> str:
-  """Escapes what a hostile name could do to a terminal or a log."""
-  return text.encode("unicode_escape").decode()[:120]
-
-
-_MARK = object()
-
-
-def _interpret(
-  stream: io.BytesIO | mmap.mmap, persistent: Callable[[Any], _Storage]
-) -> Any:
-  """Evaluates one pickle by the rules of this file.
-
-  Args:
-    stream: read from its position up to the pickle's end.
-    persistent: makes a storage of a persistent id.
-
-  Returns:
-    Dicts, lists, tuples, numbers, strings, `_View`s and placeholders.
-
-  Raises:
-    _Refused: the pickle is damaged or names what is not rebuilt.
-
-  Source: pickletools.py, which documents every opcode.
-  """
-  machine = _Machine(persistent)
-  try:
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-      if count > _MAX_OPCODES:
-        raise _Refused("its pickle is longer than any state dict's")
-      if opcode.name == "STOP":
-        return machine.pop()
-      machine.step(opcode.name, argument)
-  except (ValueError, LookupError, RecursionError, struct.error):
-    raise _Refused(
-      "cut short or damaged: its pickle cannot be read; get the file again"
-    ) from None
-  raise _Refused("cut short: its pickle does not end")
-
-
-class _Machine:
-  """The pickle's stack machine over inert values.
-
-  Args:
-    persistent: makes a storage of a persistent id.
-  """
-
-  def __init__(self, persistent: Callable[[Any], _Storage]):
-    self._persistent = persistent
-    self._stack: list[Any] = []
-    self._memo: dict[int, Any] = {}
-
-  def pop(self) -> Any:
-    value = self._stack.pop()
-    if value is _MARK:
-      raise _Refused("damaged: its pickle's stack is out of order")
-    return value
-
-  def _pop_to_mark(self) -> list[Any]:
-    values = []
-    while (value := self._stack.pop()) is not _MARK:
-      values.append(value)
-    return values[::-1]
-
-  def _top(self) -> Any:
-    if self._stack[-1] is _MARK:
-      raise _Refused("damaged: its pickle's stack is out of order")
-    return self._stack[-1]
-
-  def step(self, opcode: str, argument: Any) -> None:
-    """Carries out one opcode."""
-    push = self._stack.append
-    match opcode:
-      case "PROTO" | "FRAME":
-        pass
-      case "MARK":
-        push(_MARK)
-      case "NONE":
-        push(None)
-      case "NEWTRUE" | "NEWFALSE":
-        push(opcode == "NEWTRUE")
-      case _ if opcode in _LITERALS:
-        push(argument)
-      case "EMPTY_DICT":
-        push({})
-      case "EMPTY_LIST" | "EMPTY_SET":
-        push([])
-      case "EMPTY_TUPLE":
-        push(())
-      case "TUPLE1" | "TUPLE2" | "TUPLE3":
-        values = [self.pop() for _ in range(int(opcode[-1]))]
-        push(tuple(values[::-1]))
-      case "TUPLE" | "FROZENSET":
-        push(tuple(self._pop_to_mark()))
-      case "LIST":
-        push(self._pop_to_mark())
-      case "DICT":
-        values = self._pop_to_mark()
-        push({})
-        self._set_items(values)
-      case "SETITEM":
-        value, key = self.pop(), self.pop()
-        self._set_items([key, value])
-      case "SETITEMS":
-        self._set_items(self._pop_to_mark())
-      case "APPEND":
-        value = self.pop()
-        _extend(self._top(), [value])
-      case "APPENDS" | "ADDITEMS":
-        values = self._pop_to_mark()
-        _extend(self._top(), values)
-      case "PUT" | "BINPUT" | "LONG_BINPUT":
-        self._memo[argument] = self._top()
-      case "MEMOIZE":
-        self._memo[len(self._memo)] = self._top()
-      case "GET" | "BINGET" | "LONG_BINGET":
-        push(self._memo[argument])
-      case "DUP":
-        push(self._top())
-      case "POP":
-        self._stack.pop()
-      case "POP_MARK":
-        self._pop_to_mark()
-      case "GLOBAL":
-        push(_find_global(*argument.split(" ", 1)))
-      case "STACK_GLOBAL":
-        name, module = self.pop(), self.pop()
-        push(_find_global(module, name))
-      case "REDUCE" | "NEWOBJ":
-        args, function = self.pop(), self.pop()
-        push(_call(function, args))
-      case "NEWOBJ_EX":
-        _, args, function = self.pop(), self.pop(), self.pop()
-        push(_call(function, args))
-      case "INST":
-        args = tuple(self._pop_to_mark())
-        push(_call(_find_global(*argument.split(" ", 1)), args))
-      case "OBJ":
-        function, *args = self._pop_to_mark()
-        push(_call(function, tuple(args)))
-      case "BUILD":
-        # Attributes (a state dict's `_metadata`, a callback's state) are of
-        # no use to a reader of tensors.
-        self.pop()
-      case "BINPERSID":
-        push(self._persistent(self.pop()))
-      case _:
-        raise _Refused(f"refused, because its pickle uses {opcode}")
-
-  def _set_items(self, values: list[Any]) -> None:
-    if len(values) % 2:
-      raise _Refused("damaged: a dict with a key and no value")
-    container = self._top()
-    for key, value in zip(values[::2], values[1::2], strict=True):
-      _set_item(container, key, value)
-
-
-_LITERALS = frozenset(
-  (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
-    *("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "BINUNICODE"),
-    *("SHORT_BINUNICODE", "BINUNICODE8"),
-  )
-)
+    raise pickles.Refused("damaged: a storage's view is not described")
+  nbytes = numel * pickles.itemsize(saved[1].name)
+  return pickles.Storage(str(saved[2]), saved[1].name, nbytes), view

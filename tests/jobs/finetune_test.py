@@ -16,9 +16,10 @@ import pytest
 from jaxtransfer import errors, workdir
 from jaxtransfer.data import images, pipeline, preprocess, sources
 from jaxtransfer.jobs import finetune
-from jaxtransfer.networks import zoo
+from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.weights import loading
 from tests.jobs import configs
+from tests.weights import torchzip
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -329,6 +330,24 @@ def test_the_export_is_the_network_that_was_measured(finished, source):
   assert confusion.tolist() == results["summary"]["confusion"]
   assert card["until"] == "stem" and card["classes"] == ["class 0", "class 1"]
   assert card["resize"] == images.resize_card(32)
+
+
+def test_what_a_file_of_weights_does_not_show_is_told(source, tmp_path, capsys):
+  """Of a student and a teacher the key takes one; printed and on the page."""
+  values = tensors.random(zoo.build("resnet18", until="stem"), 1)
+  tree = {"student": values, "teacher": values | {"bn1.bias": np.ones(64)}}
+  path = torchzip.save(tmp_path / "dino.pth", tree)
+  config = _config(source, epochs=1, **{"network.weights": str(path)})
+  with pytest.raises(errors.UsageError, match="config.network.prefix"):
+    _run(config, tmp_path / "run")
+  config.network.prefix = "teacher"
+  assert _run(config, tmp_path / "run") == 0
+  printed = capsys.readouterr().out
+  notes = json.loads((tmp_path / "run" / "results.json").read_text())
+  for word in ("left out: student/*", "no anti-aliasing"):
+    assert sum(word in line for line in printed.splitlines()) == 1
+    assert sum(word in note for note in notes["summary"]["notes"]) == 1
+    assert word in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):

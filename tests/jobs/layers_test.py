@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxtransfer import errors, workdir
 from jaxtransfer.jobs import layers
@@ -213,13 +214,16 @@ def test_a_run_that_stopped_does_nothing_twice(
 def test_a_bad_image_is_listed_and_the_exit_code_says_so(
   source, weights, tmp_path
 ):
+  """And what is assumed of weights that do not say what network they are."""
   folder = tmp_path / "tiles"
   folder.mkdir()
   for path in source.parent.iterdir():
     (folder / path.name).write_bytes(path.read_bytes())
   (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:100])
+  theirs = tmp_path / "theirs.safetensors"
+  save_file(load_file(weights), theirs)
   config = _config(
-    folder / "manifest.csv", weights, data__max_failures=0.05, seeds=1
+    folder / "manifest.csv", theirs, data__max_failures=0.05, seeds=1
   )
   assert _run(config, tmp_path / "run") == 1
   assert "7.png" in (tmp_path / "run" / "failures.csv").read_text()
@@ -231,6 +235,7 @@ def test_a_bad_image_is_listed_and_the_exit_code_says_so(
   for split in ("val", "test"):
     counts = {r["n"] for r in _select(results, split=split)}
     assert counts == {summary["rows"][split]}
+  assert sum("no anti-aliasing" in note for note in summary["notes"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -249,6 +254,7 @@ def test_a_bad_image_is_listed_and_the_exit_code_says_so(
     ({"network__weights": ""}, "config.network.weights"),
     ({"network__weights": "random"}, "config.network.weights"),
     ({"network__weights": "/no/such.pth"}, "/no/such.pth"),
+    ({"network__prefix": "teacher"}, "config.network.prefix"),
     ({"data__source": "/no/such.csv"}, "/no/such.csv"),
     ({"data__split_fractions": (0.5, 0.5, 0.0)}, "the test split"),
   ],

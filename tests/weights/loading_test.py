@@ -1,8 +1,12 @@
 """Networks with numbers in them, exactly those of the file or none."""
 
+import functools
 import hashlib
 import json
+import os
+import warnings
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -13,6 +17,9 @@ from jaxtransfer import errors
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.weights import catalog, loading
 from tests.weights import torchzip
+
+# Most files here are nobody's: what is assumed of them has tests of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed:UserWarning")
 
 SMALL = {
   "resnet18": "layer1",
@@ -312,7 +319,7 @@ def test_a_file_of_ones_own_under_a_catalog_name(tmp_path):
   torchzip.save(path, values)
   source = loading.resolve_weights("densenet121", f"kimianet={path}")
   assert source.label == "kimianet" and source.path == path
-  assert not source.final_relu
+  assert not source.final_relu and source.notes == ()
   model = loading.create_model("densenet121", "denseblock1", weights=source)
   same(
     {
@@ -360,3 +367,226 @@ def test_weights_of_a_cut_network_say_where_they_end():
   """The network in the package ends at layer3."""
   with pytest.raises(errors.UsageError, match="until=layer3.1"):
     loading.create_model("resnet18", weights="cifar10-resnet18")
+
+
+STEM = "stem_reference.npz"
+
+
+def stem_of(shared, model, reference):
+  """Our output for the reference's images, and torch's."""
+  with np.load(shared / "cases" / "weights" / reference) as case:
+    return np.asarray(model(jnp.asarray(case["x"]))), case["stem"]
+
+
+@pytest.mark.parametrize(
+  "file, left_out",
+  [
+    ("plain.pth", None),
+    ("pos_weight.ckpt", "state_dict/criterion.pos_weight"),
+    ("mocov3.pth.tar", "module.momentum_encoder.* (5 tensors)"),
+    ("numbered_children.pt", None),
+    ("hparams_partial.ckpt", None),
+  ],
+)
+def test_peoples_own_files_give_torchs_output(shared, file, left_out):
+  """Five ways to keep the same numbers; what stands beside them is told."""
+  path = shared / "cases" / "weights" / file
+  with pytest.warns(UserWarning) as told:
+    model = loading.create_model("resnet18", "stem", weights=path)
+  found, expected = stem_of(shared, model, STEM)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  messages = [str(one.message) for one in told]
+  assert all("\n" not in message and file in message for message in messages)
+  assert sum("assumed" in message for message in messages) == 1
+  found = [message for message in messages if "left out" in message]
+  assert [left_out in message for message in found] == [True] * bool(left_out)
+
+
+def test_the_momentum_encoder_is_taken_where_the_key_says_so(shared):
+  path = shared / "cases" / "weights" / "mocov3.pth.tar"
+  source = loading.resolve_weights(
+    "resnet18", path, "state_dict/module.momentum_encoder."
+  )
+  query = loading.resolve_weights("resnet18", path)
+  found = loading.read_weights(source, "resnet18", until="stem")
+  of_query = loading.read_weights(query, "resnet18", until="stem")
+  for name, value in found.items():
+    np.testing.assert_array_equal(value, of_query[name] / 2)
+
+
+def test_a_whole_pickled_model_is_refused_by_the_way_out(shared):
+  refuses(
+    "a whole pickled model; save model.state_dict()",
+    "__main__.TumourNet",
+    name="resnet18",
+    until="stem",
+    weights=shared / "cases" / "weights" / "whole_own_class.pth",
+  )
+
+
+def test_anti_aliasing_cannot_be_seen_and_is_told(shared, tmp_path):
+  """Its numbers are read as a ResNet-50's, whose output is another; where a
+  config beside it says what it is, it is refused."""
+  path = shared / "cases" / "weights" / "resnetaa50.pth"
+  with pytest.warns(UserWarning, match="no anti-aliasing") as told:
+    model = loading.create_model("resnet50", "stem", weights=path)
+  assert len(told) == 1
+  found, expected = stem_of(shared, model, "resnetaa50.npz")
+  assert np.abs(found - expected).max() > 1
+  (tmp_path / "model.pth").write_bytes(path.read_bytes())
+  (tmp_path / "config.json").write_text('{"architecture": "resnetaa50"}')
+  for weights in (tmp_path, tmp_path / "model.pth"):
+    refuses("resnetaa50", name="resnet50", until="stem", weights=weights)
+
+
+def test_a_files_own_words_refuse_it(tmp_path):
+  """In a safetensors header and in a training's checkpoint."""
+  values = drawn("resnet18", "stem")
+  save_file(values, tmp_path / "m.safetensors", {"architecture": "resnetaa50"})
+  tree = {"arch": "resnet18d", "state_dict": values}
+  torchzip.save(tmp_path / "m.pth", tree)
+  for file, name in (("m.safetensors", "resnetaa50"), ("m.pth", "resnet18d")):
+    refuses(name, name="resnet18", until="stem", weights=tmp_path / file)
+  torchzip.save(tmp_path / "m.pth", {**tree, "arch": "resnet18"})
+  assert loading.create_model("resnet18", "stem", weights=tmp_path / "m.pth")
+
+
+def notes(*arguments):
+  return loading.resolve_weights(*arguments).notes
+
+
+def test_what_is_known_needs_no_note(tmp_path):
+  """Our own export, the catalog's rows, and a config that names the network."""
+  model = loading.create_model("resnet18", "stem", num_classes=2)
+  loading.export(model, tmp_path / "ours.safetensors", {"mean": [0.5] * 3})
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    loading.create_model(
+      "resnet18", "stem", weights=tmp_path / "ours.safetensors"
+    )
+    loading.create_model("resnet18", "stem", weights="cifar10-resnet18")
+  folder = tmp_path / "hub"
+  folder.mkdir()
+  save_file(drawn("resnet18", "stem"), folder / "model.safetensors")
+  (first,) = notes("resnet18", folder)
+  assert "hub: " in first and "anti-aliasing" in first and "mean" in first
+  statistics = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+  config = {"architecture": "resnet18", "pretrained_cfg": statistics}
+  (folder / "config.json").write_text(json.dumps(config))
+  source = loading.resolve_weights("resnet18", folder)
+  assert source.notes == () and source.label == "hub"
+  assert source.mean == (0.1, 0.2, 0.3) and source.std == (0.4, 0.5, 0.6)
+  config["pretrained_cfg"]["mean"] = "grey"
+  (folder / "config.json").write_text(json.dumps(config))
+  refuses("mean", "three numbers", name="resnet18", weights=folder)
+
+
+def test_shards_are_read_as_one_file(tmp_path):
+  """With a digest of all of them."""
+  values = drawn("resnet18", "layer1")
+  names = sorted(values)
+  parts = {"a.safetensors": names[:7], "b.safetensors": names[7:]}
+  for file, held in parts.items():
+    save_file({name: values[name] for name in held}, tmp_path / file)
+  weight_map = {name: file for file, held in parts.items() for name in held}
+  (tmp_path / "model.safetensors.index.json").write_text(
+    json.dumps({"weight_map": weight_map})
+  )
+  source = loading.resolve_weights("resnet18", tmp_path)
+  same(tensors.dump(loading.create_model("resnet18", "layer1", weights=source)),
+       values)  # fmt: skip
+  values["bn1.bias"][0] += 1
+  held = parts["a.safetensors"]
+  save_file({name: values[name] for name in held}, tmp_path / "a.safetensors")
+  again = loading.resolve_weights("resnet18", tmp_path)
+  assert len(source.sha256) == 64 and again.sha256 != source.sha256
+  (tmp_path / "b.safetensors").unlink()
+  refuses("b.safetensors", "cannot be read", name="resnet18", weights=tmp_path)
+
+
+class Harmful:
+  """Pickles to a call."""
+
+  def __init__(self, marker):
+    self._marker = str(marker)
+
+  def __reduce__(self):
+    return os.mkdir, (self._marker,)
+
+
+def test_only_a_kept_tensor_must_be_one(tmp_path):
+  """A training's objects beside the network are nobody's business; nor are
+  those beyond the cut."""
+  values = drawn("resnet18", "layer1")
+  harmful = Harmful(tmp_path / "marker")
+  tree = {
+    "hyper_parameters": {"optimiser": functools.partial(dict, rate=0.1)},
+    "callbacks": harmful,
+    "state_dict": {f"net.{name}": value for name, value in values.items()},
+  }
+  path = torchzip.save(tmp_path / "m.ckpt", tree)
+  model = loading.create_model("resnet18", "layer1", weights=path)
+  same(tensors.dump(model), values)
+  tree["state_dict"]["net.layer1.0.bn1.bias"] = harmful
+  torchzip.save(path, tree)
+  assert loading.create_model("resnet18", "stem", weights=path)
+  options = {"name": "resnet18", "weights": path}
+  refuses(
+    "net.layer1.0.bn1.bias", "posix.mkdir", "never run",
+    until="layer1", **options,
+  )  # fmt: skip
+  del tree["state_dict"]
+  tree |= {"optimizer": {"state": np.zeros(3)}}
+  torchzip.save(path, tree)
+  refuses("no conv1.weight", "never run", **options)
+  assert not (tmp_path / "marker").exists()
+
+
+def test_two_networks_and_the_key_that_chooses(tmp_path):
+  one, other = drawn("resnet18", "stem", 1), drawn("resnet18", "stem", 2)
+  tree = {
+    "student": {f"module.{name}": value for name, value in one.items()},
+    "teacher": dict(other),
+  }
+  path = torchzip.save(tmp_path / "dino.pth", tree)
+  options = {"name": "resnet18", "until": "stem", "weights": path}
+  refuses("student/module.*", "teacher/*", "config.network.prefix", **options)
+  refuses("'teachers'", "teacher/", prefix="teachers", **options)
+  for prefix, expected in (("student/module.", one), ("teacher/", other)):
+    with pytest.warns(UserWarning, match="left out"):
+      model = loading.create_model(prefix=prefix, **options)
+    same(tensors.dump(model), expected)
+  refuses("random weights", name="resnet18", prefix="teacher/")
+  source = loading.resolve_weights("resnet18", path, "teacher/")
+  refuses("its own", name="resnet18", weights=source, prefix="teacher/")
+
+
+def test_the_same_numbers_twice_are_one_network(tmp_path):
+  """Two names of one module, as an extractor beside its network has."""
+  values = drawn("resnet18", "stem")
+  again = {
+    n.replace("conv1", "0").replace("bn1", "1"): v for n, v in values.items()
+  }
+  tree = {
+    **{f"model.{name}": value for name, value in values.items()},
+    **{f"extractor.{name}": value for name, value in again.items()},
+  }
+  path = torchzip.save(tmp_path / "m.pth", tree)
+  with pytest.warns(UserWarning, match="under model. is read; left out: extr"):
+    model = loading.create_model("resnet18", "stem", weights=path)
+  same(tensors.dump(model), values)
+  tree["extractor.1.bias"] = tree["extractor.1.bias"] + 1
+  torchzip.save(path, tree)
+  refuses("two networks", name="resnet18", until="stem", weights=path)
+
+
+def test_numbered_children_of_another_order_are_told(tmp_path):
+  values = drawn("resnet18", "layer1")
+  place = {"conv1": "0", "bn1": "1", "layer1": "3"}
+  path = torchzip.save(
+    tmp_path / "m.pth",
+    {place[n.split(".")[0]] + n[n.index(".") :]: v for n, v in values.items()},
+  )
+  with pytest.warns(UserWarning, match="children 0, 1, 3, .*would be 0, 1, 4"):
+    model = loading.create_model("resnet18", "layer1", weights=path)
+  same(tensors.dump(model), values)

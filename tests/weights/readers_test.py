@@ -1,5 +1,12 @@
 """Every format, whole and broken; a torch file is data and never a program."""
 
+import argparse
+import collections
+import dataclasses
+import datetime
+import enum
+import functools
+import json
 import os
 import pathlib
 import pickle
@@ -15,6 +22,7 @@ from safetensors.numpy import save_file
 
 from jaxtransfer import errors
 from jaxtransfer.weights import readers
+from tests.weights import torchzip
 from tests.weights.torchzip import (
   integer,
   state_dict,
@@ -84,8 +92,253 @@ def test_lightning_checkpoint_needs_no_lightning():
   np.testing.assert_array_equal(found[name].read(), ramp(2, 3))
 
 
+class Net:
+  """A user's own class, pickled as torch pickles a module: by its state."""
+
+  def __init__(self):
+    self._parameters, self._modules, self.width = {}, {}, 3
+
+
+class Kind(enum.Enum):
+  TUMOUR = "tumour"
+
+
+@dataclasses.dataclass
+class Settings:
+  rate: float = 0.1
+
+
+FOREIGN = {
+  "partial": functools.partial(dict, rate=0.1),
+  "namespace": argparse.Namespace(arch="resnet18", rate=0.1),
+  "scalar": np.float64(0.5),
+  "array": np.arange(3),
+  "enum": Kind.TUMOUR,
+  "own": Settings(),
+  "deque": collections.deque([1, 2]),
+  "path": pathlib.PurePosixPath("a"),
+  "date": datetime.date(2024, 1, 1),
+  "class": Net,
+  "function": os.path.join,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_foreign_objects_beside_the_weights_are_placeholders(
+  tmp_path, protocol
+):
+  """What a training left there: settings, numpy's numbers, classes of its own.
+
+  They are named, never made, and the tensors are read all the same.
+  """
+  beside = {}
+  for name, value in FOREIGN.items():
+    pickled = pickle.dumps(value, protocol)
+    # After the version, and the length of a frame that it no longer is.
+    start = 11 if pickled[2:3] == b"\x95" else 2
+    beside[name] = pickled[start:-1]
+  path = torchzip.save(
+    tmp_path / "m.ckpt",
+    {
+      "hyper_parameters": beside,
+      "optimizer": b"ctorch.optim.adam\nAdam\n",
+      "state_dict": {"conv1.weight": ramp(2, 3)},
+    },
+  )
+  found = readers.open_checkpoint(path)
+  assert list(found) == ["state_dict/conv1.weight"]
+  np.testing.assert_array_equal(
+    found["state_dict/conv1.weight"].read(), ramp(2, 3)
+  )
+  named = {name.rsplit("/", 1)[-1] for name in found.foreign}
+  assert named == {*FOREIGN, "optimizer"}
+  assert "functools.partial" in found.foreign["hyper_parameters/partial"]
+
+
+def test_nothing_beside_the_weights_is_called(tmp_path):
+  """The same bytes do run when unpickled; torch may have written them in
+  either format."""
+  marker = tmp_path / "marker"
+  harmful = torchzip.opcodes(Payload(os.mkdir, str(marker)))
+  path = torchzip.save(tmp_path / "m.pth", {"a": harmful, "weight": ramp(2, 3)})
+  found = readers.open_checkpoint(path)
+  assert list(found) == ["weight"] and found["weight"].read().shape == (2, 3)
+  assert "posix.mkdir, which is never run" in found.foreign["a"]
+  assert not marker.exists()
+  pickle.loads(b"\x80\x02" + harmful + b".")
+  assert marker.exists()
+
+
 def test_whole_pickled_model_is_refused_by_name():
   refuses(DATA / "module.pth", "torch.nn.modules.linear.Linear", "state_dict()")
+
+
+@pytest.mark.parametrize("inside", ["{}", "{'model': {}}", "[{}]"])
+def test_whole_models_of_ones_own_class_are_refused(tmp_path, inside):
+  """By themselves or in a dict, whose other objects are not the reason."""
+  model = torchzip.opcodes(Net())
+  if inside == "{'model': {}}":
+    path = torchzip.save(
+      tmp_path / "m.pth", {"args": argparse.Namespace(), "model": model}
+    )
+  elif inside == "[{}]":
+    path = torchzip.save(tmp_path / "m.pth", {"models": b"](" + model + b"e"})
+  else:
+    path = write_zip(tmp_path / "m.pth", b"\x80\x02" + model + b".")
+  refuses(
+    path,
+    "a whole pickled model; save model.state_dict()",
+    "tests.weights.readers_test.Net",
+  )
+
+
+def test_whole_model_in_the_old_format_is_refused(tmp_path):
+  """Which refers to the source of its class, beside it in the file."""
+  head = [pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {})]
+  source = b"(" + text("module") + b"c__main__\nNet\n" + text("n.py") + text("")
+  state = torchzip.opcodes({"_parameters": {}, "_modules": {}})
+  path = tmp_path / "m.pth"
+  path.write_bytes(
+    b"".join(head) + b"\x80\x02" + source + b"tQ)\x81" + state + b"b."
+  )
+  refuses(
+    path, "a whole pickled model; save model.state_dict()", "__main__.Net"
+  )
+
+
+def test_what_is_no_model_is_not_called_one(tmp_path):
+  path = write_zip(tmp_path / "m.pth", pickle.dumps(argparse.Namespace(), 2))
+  refuses(path, "no dict of tensors", "argparse.Namespace")
+
+
+def test_a_tensor_of_an_unknown_type_stays_beside(tmp_path):
+  """A quantized or 8-bit tensor is nothing that is read here."""
+  quantized = tensor().replace(b"FloatStorage", b"QInt8Storage")
+  path = write_zip(
+    tmp_path / "m.pth", state_dict(weight=tensor(), scale=quantized)
+  )
+  found = readers.open_checkpoint(path)
+  assert list(found) == ["weight"]
+  assert "torch.QInt8Storage" in found.foreign["scale"]
+
+
+def test_texts_of_a_file_are_told(tmp_path):
+  """What a training script wrote of its network, there or in its settings."""
+  path = torchzip.save(
+    tmp_path / "m.ckpt",
+    {
+      "arch": "resnet50",
+      "hyper_parameters": {"backbone": "resnetaa50", "rate": 0.1},
+      "state_dict": {"weight": ramp(2, 3)},
+    },
+  )
+  said = readers.open_checkpoint(path).said
+  assert said == {"arch": "resnet50", "backbone": "resnetaa50"}
+  tree = {
+    "args": argparse.Namespace(arch="resnetaa50", rate=0.1),
+    "state_dict": {"weight": ramp(2, 3)},
+  }
+  said = readers.open_checkpoint(torchzip.save(path, tree)).said
+  assert said == {"arch": "resnetaa50"}
+
+
+def hub_folder(root, files):
+  root.mkdir()
+  for name in files:
+    if name.endswith(".safetensors"):
+      save_file({"weight": ramp(2, 3)}, root / name)
+    elif name.endswith(".json"):
+      (root / name).write_text("{}")
+    else:
+      torchzip.save(root / name, {"weight": ramp(2, 3)})
+  return root
+
+
+@pytest.mark.parametrize(
+  "files, found",
+  [
+    (["config.json", "model.safetensors"], "model.safetensors"),
+    (["config.json", "pytorch_model.bin"], "pytorch_model.bin"),
+    (["model.safetensors", "pytorch_model.bin"], "model.safetensors"),
+    (["README.json", "best.ckpt"], "best.ckpt"),
+  ],
+)
+def test_a_folder_stands_for_the_weights_in_it(tmp_path, files, found):
+  folder = hub_folder(tmp_path / "hub", files)
+  assert readers.find_checkpoint(folder) == folder / found
+  assert list(readers.open_checkpoint(folder / found)) == ["weight"]
+
+
+def test_the_hubs_cache_is_a_folder_too(tmp_path):
+  """It keeps revisions; with one there is nothing to choose."""
+  (tmp_path / "refs").mkdir()
+  (tmp_path / "snapshots").mkdir()
+  folder = hub_folder(tmp_path / "snapshots" / "abc", ["model.safetensors"])
+  assert readers.find_checkpoint(tmp_path) == folder / "model.safetensors"
+  hub_folder(tmp_path / "snapshots" / "def", ["model.safetensors"])
+  with pytest.raises(errors.UsageError, match="which of 2 is meant.*abc, def"):
+    readers.find_checkpoint(tmp_path)
+
+
+def test_a_folder_of_several_files_is_not_chosen_from(tmp_path):
+  folder = hub_folder(tmp_path / "runs", ["best.pth", "last.pth"])
+  with pytest.raises(errors.UsageError, match="best.pth, last.pth"):
+    readers.find_checkpoint(folder)
+
+
+def shards(root, **weight_map):
+  (root / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": weight_map})
+  )
+  return readers.find_checkpoint(root)
+
+
+def test_shards_are_one_checkpoint(tmp_path):
+  save_file({"a": ramp(2), "c": ramp(3)}, tmp_path / "1.safetensors")
+  torchzip.save(tmp_path / "2.bin", {"b": ramp(4)})
+  path = shards(tmp_path, a="1.safetensors", b="2.bin", c="1.safetensors")
+  found = readers.open_checkpoint(path)
+  assert {name: stored.shape for name, stored in found.items()} == {
+    "a": (2,),
+    "b": (4,),
+    "c": (3,),
+  }
+  np.testing.assert_array_equal(found["b"].read(), ramp(4))
+  assert {p.name for p in readers.files_of(path)} == {
+    "1.safetensors",
+    "2.bin",
+    "model.safetensors.index.json",
+  }
+
+
+@pytest.mark.parametrize(
+  "file, word",
+  [
+    ("../secret.safetensors", "damaged"),
+    ("/etc/passwd", "damaged"),
+    ("model.safetensors.index.json", "damaged"),
+    (5, "damaged"),
+    ("", "damaged"),
+    ("..", "damaged"),
+    ("a\x1b[2J.bin", "damaged"),
+    ("none.safetensors", "none.safetensors"),
+    ("1.safetensors", "no a in it"),
+  ],
+)
+def test_broken_lists_of_shards_are_refused(tmp_path, file, word):
+  """No file is opened that is not beside the list, and no list is followed."""
+  save_file({"b": ramp(2)}, tmp_path / "1.safetensors")
+  path = shards(tmp_path, a=file)
+  with pytest.raises(errors.UsageError, match=word) as caught:
+    readers.open_checkpoint(path)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"weight_map": [1]}'])
+def test_lists_that_are_none_are_refused(tmp_path, content):
+  path = tmp_path / "model.safetensors.index.json"
+  path.write_text(content)
+  refuses(path, "damaged")
 
 
 class Payload:
@@ -301,7 +554,7 @@ def test_safetensors_are_bit_exact(tmp_path):
   for key, value in values.items():
     assert found[key].shape == value.shape and found[key].dtype == value.dtype
     assert found[key].read().tobytes() == value.tobytes(), key
-  assert readers.read_metadata(path) == {"made": "here"}
+  assert found.said == {"made": "here"}
 
 
 def test_broken_safetensors_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Torch's zip format, written by hand: whole, and broken where a test asks."""
 
+import pickle
 import struct
 import zipfile
 
@@ -54,12 +55,30 @@ def write_zip(path, data_pkl, storages=None, compression=zipfile.ZIP_STORED):
   return path
 
 
-def save(path, tensors):
-  """Writes {name: array} as torch.save writes a state dict of float32."""
-  values = {k: np.ascontiguousarray(v, "<f4") for k, v in tensors.items()}
-  items, storages = {}, {}
-  for key, (name, value) in enumerate(values.items()):
+def opcodes(value):
+  """The opcodes that make a value and nothing else: a part of a pickle."""
+  return pickle.dumps(value, 2)[2:-1]
+
+
+def save(path, tree):
+  """Writes what torch.save writes of nested dicts of float32 arrays.
+
+  Bytes are opcodes of an object's own; what is neither is pickled.
+  """
+  storages = {}
+
+  def write(node):
+    if isinstance(node, dict):
+      items = b"".join(text(key) + write(value) for key, value in node.items())
+      return b"}(" + items + b"u"
+    if isinstance(node, bytes):
+      return node
+    if not isinstance(node, np.ndarray):
+      return opcodes(node)
+    value = np.ascontiguousarray(node, "<f4")
     strides = tuple(s // value.itemsize for s in value.strides)
-    items[name] = tensor(str(key), value.size, 0, value.shape, strides)
-    storages[str(key)] = value.tobytes()
-  return write_zip(path, state_dict(**items), storages)
+    key = str(len(storages))
+    storages[key] = value.tobytes()
+    return tensor(key, value.size, 0, value.shape, strides)
+
+  return write_zip(path, b"\x80\x02" + write(tree) + b".", storages)

@@ -12,7 +12,8 @@ ALLOWED = {
   "measure": set(),
   "networks": {"errors"},
   "report": {"errors", "files"},
-  "data": {"errors", "files"},
+  # Resamples are part of what is measured, and of a dataset's patients.
+  "data": {"errors", "files", "measure"},
   "weights": {"errors", "files", "networks"},
   "training": {
     "data",

@@ -16,8 +16,7 @@ import ml_collections
 
 from jaxtransfer import configuration, parallel
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, stored_splits
-from jaxtransfer.data import splits as splitting
+from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import operating, page, sentences, tables
@@ -61,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
-  data = trial.open_data(config, workdir.path / "splits.json")
+  (data,) = dataset.open_divisions(config, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
   )
@@ -90,11 +89,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   begun = workdir.begin(str(devices))
   if workdir.writes:
-    stored_splits.save_splits(
-      workdir.path / "splits.json", data.rows, data.examples
-    )
+    dataset.save(workdir.path / "splits.json", [data])
   print(
-    f"{splitting.counted(data.rows, data.names)};"
+    f"{data};"
     f" {plan.network} to {plan.last} with {source.label} weights;"
     f" {training.steps:,} steps on {devices}",
     flush=True,
@@ -176,7 +173,7 @@ def _first_of(network: Network, layer: str) -> int:
 def _results(
   config: ml_collections.ConfigDict,
   plan: Plan,
-  data: trial.Data,
+  data: dataset.Dataset,
   source: loading.Source,
   network: Network,
   fitted: loop.Fitted,
@@ -210,13 +207,11 @@ def _results(
   scores = {
     row["metric"]: row for row in measurements if row["split"] == "test"
   }
-  read = splitting.readable(data.rows, data.examples.names, failures)
-  groups, of_test = None, f"{len(read['test']):,} images"
-  if data.examples.groups is not None:
-    groups = {s: len(set(data.groups_of(rows))) for s, rows in read.items()}
-    of_test = f"{groups['test']:,} groups"
+  read = dataset.what_was_read([data], failures)
+  of_test = f"{read.rows['test']:,} images"
+  if read.groups is not None:
+    of_test = f"{read.groups['test']:,} groups"
   of_auroc = scores["auroc"]
-  every_class = not config.many_labels
   summary = {
     "rule": (
       f"The best of {len(epochs)} epochs by validation {config.metric};"
@@ -251,12 +246,10 @@ def _results(
         "curves",
       )
     },
-    "rows": {name: len(rows) for name, rows in read.items()},
-    "groups": groups,
+    "rows": read.rows,
+    "groups": read.groups,
     "notes": [
-      *splitting.notes_of_read(
-        data.notes, [data.rows], [read], data.examples, every_class=every_class
-      ),
+      *read.notes,
       *source.notes,
       *fitted.notes,
       *trial.doubts(of_auroc["value"], of_auroc["low"]),

@@ -32,8 +32,7 @@ from jaxtransfer import (
   parallel,
 )
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, sources, stored_splits
-from jaxtransfer.data import splits as splitting
+from jaxtransfer.data import dataset, pipeline, stored_splits
 from jaxtransfer.measure import bootstrap, classification, gain, probes
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
@@ -112,10 +111,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     RunError: too many images cannot be read.
   """
   plan = make_plan(config)
-  examples = sources.open_source(config.data)
-  divided, notes = splitting.divide(
-    config, examples, workdir.path / "splits.json"
-  )
+  (data,) = dataset.open_divisions(config, workdir.path / "splits.json")
   # After the images, because it may download.
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
@@ -125,7 +121,6 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       f"config.network.weights is {config.network.weights!r}; this job compares"
       " pretrained weights with random ones: name some, or give a file"
     )
-  notes = [*notes, *source.notes]
   if source.slim_after:
     raise errors.UsageError(
       f"{source.path} holds layers of half the width after"
@@ -136,20 +131,20 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   networks[label].check_size(config.data.image_size)
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))
-  stored_splits.save_splits(workdir.path / "splits.json", divided, examples)
+  dataset.save(workdir.path / "splits.json", [data])
   print(
-    f"{splitting.counted(divided, examples.classes)};"
+    f"{data};"
     f" {plan.network} with {label} and {plan.seeds} random initialisations;"
     f" {len(plan.taps)} taps on {devices}",
     flush=True,
   )
-  for note in [*examples.notes, *notes]:
+  for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 
   started = time.monotonic()
   images = features.Images(
-    examples=examples,
-    rows=np.sort(np.concatenate(list(divided.values()))),
+    examples=data.examples,
+    rows=np.sort(np.concatenate(list(data.rows.values()))),
     image_size=config.data.image_size,
     mean=source.mean,
     std=source.std,
@@ -171,7 +166,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   extracting = time.monotonic() - started
 
   started = time.monotonic()
-  measured = _measure(config, plan, examples, divided, extracted, workdir)
+  measured = _measure(config, plan, data, extracted, workdir)
   probing = time.monotonic() - started
 
   started = time.monotonic()
@@ -181,9 +176,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   costing = time.monotonic() - started
 
-  rows = extracted[label].rows()
-  read = {name: of[np.isin(of, rows)] for name, of in divided.items()}
-  results = _results(config, plan, label, examples, read, measured, costs)
+  read = dataset.what_was_read([data], dict(failures))
+  results = _results(config, plan, label, data, read, measured, costs)
   summary = results["summary"]
   summary |= {
     "sum_over_whole": checked,
@@ -193,8 +187,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     "seconds": {"extracting": extracting, "probing": probing, "cost": costing},
     "run": begun,
   }
-  notes = splitting.notes_of_read(notes, [divided], [read], examples)
-  summary["notes"] = [*examples.notes, *notes, *summary["notes"]]
+  summary["notes"] = [*read.notes, *source.notes, *summary["notes"]]
   page.write(workdir.path, results)
   _print(results)
   return workdir.finish(results)
@@ -251,36 +244,28 @@ def _networks(
 def _measure(
   config: ml_collections.ConfigDict,
   plan: Plan,
-  examples: sources.Examples,
-  divided: Mapping[str, np.ndarray],
+  data: dataset.Dataset,
   extracted: Mapping[str, features.Features],
   workdir: workdirs.Workdir,
 ) -> list[Measured]:
   """Probes every tap, or reads what an earlier run of it measured."""
   rows = next(iter(extracted.values())).rows()
   # Positions in the features of the rows of each split that could be read.
-  where = {name: np.isin(rows, split) for name, split in divided.items()}
-  labels = {name: examples.labels[rows[m]] for name, m in where.items()}
+  where = {name: np.isin(rows, split) for name, split in data.rows.items()}
+  labels = {name: data.examples.labels[rows[m]] for name, m in where.items()}
   weights = {
-    split: bootstrap.resample_weights(
-      labels[split],
-      None
-      if examples.groups is None
-      else [examples.groups[row] for row in rows[where[split]]],
-      config.resamples,
-      config.seed,
-    )
+    split: data.resample(rows[where[split]], config.resamples, config.seed)
     for split in SPLITS
   }
   determines = [
     [str(f.directory.name) for f in extracted.values()],
     [hashlib.sha256(m.tobytes()).hexdigest() for m in where.values()],
-    stored_splits.digest(examples),
+    stored_splits.digest(data.examples),
     [plan.probes, plan.metrics, config.strengths, config.resamples],
     config.seed,
   ]
   digest = hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
-  found = []
+  measured = []
   # Said once, by name, among the report's notes.
   warnings.simplefilter("ignore", classification.AbsentClassWarning)
   for tap in tqdm.tqdm(plan.taps, desc="probing", unit=" taps", disable=None):
@@ -294,12 +279,12 @@ def _measure(
         labels,
         weights,
         extracted,
-        len(examples.classes),
+        len(data.names),
       ).save(stored)
-    found.append(Measured.load(stored))
-    score = float(found[-1].values[0, 0, 0, 1])
+    measured.append(Measured.load(stored))
+    score = float(measured[-1].values[0, 0, 0, 1])
     workdir.log(event="probe", tap=tap, **{plan.metrics[0]: score})
-  return found
+  return measured
 
 
 def _probe(
@@ -405,8 +390,8 @@ def _results(
   config: ml_collections.ConfigDict,
   plan: Plan,
   label: str,
-  examples: sources.Examples,
-  read: Mapping[str, np.ndarray],
+  data: dataset.Dataset,
+  read: dataset.Read,
   measured: Sequence[Measured],
   costs: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
@@ -416,13 +401,13 @@ def _results(
     config: the whole config.
     plan: it, checked.
     label: of the pretrained network.
-    examples: the source.
-    read: rows of every split that could be read.
+    data: the images.
+    read: what could be read of them.
     measured: of every tap.
     costs: of every tap.
   """
   metric, probe = plan.metrics[0], plan.probes[0]
-  val, test = ({"split": s, "n": len(read[s])} for s in SPLITS)
+  val, test = ({"split": s, "n": read.rows[s]} for s in SPLITS)
   # (networks, 2, taps, resamples): the same resamples everywhere, so that
   # differences between networks and between taps are paired.
   resampled = np.stack([one.resampled for one in measured], axis=2)
@@ -445,16 +430,9 @@ def _results(
     base = {"weights": label, "tap": tap}
     rows += [tables.row(base, name, value) for name, value in of_tap.items()]
   rows = [{**row, "network": plan.network} for row in rows]
-  groups = None
-  if examples.groups is not None:
-    groups = {
-      name: len({examples.groups[row] for row in split})
-      for name, split in read.items()
-    }
-  units = (
-    "images, whose patients are not known," if groups is None else "groups"
-  )
-  count = len(read["test"]) if groups is None else groups["test"]
+  count = f"{read.rows['test']:,} images, whose patients are not known,"
+  if read.groups is not None:
+    count = f"{read.groups['test']:,} groups"
   summary = {
     "rule": (
       "A tap is a layer whose output the probe reads; stem is the first"
@@ -471,14 +449,14 @@ def _results(
     "network": plan.network,
     "weights": label,
     "data": config.data.source,
-    "classes": examples.classes,
+    "classes": data.names,
     "taps": list(plan.taps),
     "seeds": plan.seeds,
-    "rows": {name: len(split) for name, split in read.items()},
-    "groups": groups,
+    "rows": read.rows,
+    "groups": read.groups,
     "notes": _notes(config, plan, label, measured, resampled),
     "interval": (
-      f"95 % percentile bootstrap over {count:,} {units} of the test split,"
+      f"95 % percentile bootstrap over {count} of the test split,"
       f" {config.resamples:,} resamples, paired between networks and taps"
     ),
   }

@@ -40,8 +40,7 @@ from jaxtransfer.cuts import (
   Searched,
   Unit,
 )
-from jaxtransfer.data import pipeline, stored_splits
-from jaxtransfer.data import splits as splitting
+from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.measure import (
   classification,
   evaluation,
@@ -93,25 +92,25 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
-  data = _open(config, plan, workdir.path / "splits.json")
+  divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
   )
-  bench = _Bench(config, plan, devices, data, source, workdir.path)
+  bench = _Bench(config, plan, devices, divisions, source, workdir.path)
   # A batch that is too large or weights that do not fit are said now.
   first = Unit("ttl", plan.whole, bench.began_with, 0)
   network = bench.network(first)
   network.check_size(config.data.image_size)
   bench.training(first, network)
   begun = workdir.begin(str(devices))
-  _save_splits(workdir.path / "splits.json", data)
+  dataset.save(workdir.path / "splits.json", divisions)
   print(
-    f"{splitting.counted(data[0].rows, data[0].names)};"
+    f"{divisions[0]};"
     f" {plan.network} with {source.label} weights, cuts"
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
-  for note in [*data[0].notes, *source.notes]:
+  for note in [*divisions[0].notes, *source.notes]:
     print(note, flush=True)
   search = _search(bench)
   rows = cuts.compared(
@@ -196,29 +195,6 @@ def _listed(key: str, value: str, known: Sequence[str]) -> tuple[str, ...]:
   for word in words:
     configuration.one_of(key, word, tuple(known))
   return words
-
-
-def _open(
-  config: ml_collections.ConfigDict, plan: Plan, path: pathlib.Path
-) -> list[trial.Data]:
-  """Opens the source and divides it, once for all seeds or for every fold."""
-  if not config.folds:
-    return [trial.open_data(config, path)] * plan.repeats
-  trial.check_splits(path)
-  examples, names, targets = trial.open_labelled(config)
-  divisions, notes = splitting.divide_folds(config, examples, path)
-  notes = [*examples.notes, *notes]
-  return [
-    trial.Data(examples, rows, names, targets, notes, fold)
-    for fold, rows in enumerate(divisions)
-  ]
-
-
-def _save_splits(path: pathlib.Path, data: Sequence[trial.Data]) -> None:
-  rows = data[0].rows
-  if data[0] is not data[-1]:
-    rows = splitting.join_folds([one.rows for one in data])
-  stored_splits.save_splits(path, rows, data[0].examples)
 
 
 def _search(bench: "_Bench") -> list[Searched]:
@@ -320,14 +296,15 @@ def _report(
     )
   of_auroc = next(row for row in table if row["chosen"])["test"]["auroc"]
   records = [of for (of,) in bench.kept.records("done.json").values()]
-  read, notes = _read(bench, unreadable)
+  read = dataset.what_was_read(bench.divisions, unreadable)
   summary = {
     **_settings(bench),
-    **read,
+    "rows": read.rows,
+    "groups": read.groups,
     "cut": bench.choose(search, "ttl").cut,
     "taps": sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
     "notes": [
-      *notes,
+      *read.notes,
       *bench.source.notes,
       *trial.doubts(of_auroc["mean"], of_auroc["low"]),
     ],
@@ -373,7 +350,7 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
   """Returns what the summary says of how it was done."""
   config, plan, source = bench.config, bench.plan, bench.source
   metric = tables.metric_name(config.metric)
-  units = "images" if bench.data[0].examples.groups is None else "groups"
+  units = "images" if bench.first.examples.groups is None else "groups"
   drawn = ", each fold's drawn on their own" if config.folds else ""
   halving = None
   if config.halving:
@@ -395,7 +372,7 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
     "whole": plan.network + (f" up to {plan.until}" if plan.until else ""),
     "weights": source.label,
     "data": config.data.source,
-    "classes": bench.data[0].names,
+    "classes": bench.first.names,
     "many_labels": config.many_labels,
     "prevalence": config.prevalence or None,
     "image_size": config.data.image_size,
@@ -410,32 +387,6 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
     "normalisation": {"mean": list(source.mean), "std": list(source.std)},
     "weights_sha256": source.sha256,
   }
-
-
-def _read(
-  bench: "_Bench", unreadable: Mapping[str, str]
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns how many images and groups were read, and the notes on them."""
-  data = bench.data[0]
-  divisions = [one.rows for one in bench.divisions]
-  names = data.examples.names
-  read = [splitting.readable(rows, names, unreadable) for rows in divisions]
-  counted = read[0]
-  if bench.config.folds:
-    tested = np.concatenate([rows["test"] for rows in read])
-    counted = {"each tested once": tested}
-  groups = None
-  if data.examples.groups is not None:
-    groups = {s: len(set(data.groups_of(rows))) for s, rows in counted.items()}
-  notes = splitting.notes_of_read(
-    data.notes,
-    divisions,
-    read,
-    data.examples,
-    every_class=not bench.config.many_labels,
-  )
-  counts = {split: len(rows) for split, rows in counted.items()}
-  return {"rows": counts, "groups": groups}, notes
 
 
 def _searched(
@@ -608,7 +559,7 @@ def _export(
 ) -> dict[str, Any]:
   """Writes the chosen cut's best network of all repeats, by validation."""
   best, value = bench.best(row)
-  data = bench.data[best.repeat]
+  data = bench.data(best)
   loading.export(
     bench.trained(best),
     bench.path / "export" / "model.safetensors",
@@ -630,12 +581,12 @@ class _Bench:
     config: ml_collections.ConfigDict,
     plan: Plan,
     devices: parallel.Devices,
-    data: Sequence[trial.Data],
+    divisions: Sequence[dataset.Dataset],
     source: loading.Source,
     path: pathlib.Path,
   ):
     self.config, self.plan, self.devices = config, plan, devices
-    self.data, self.source, self.path = data, source, path
+    self.divisions, self.source, self.path = divisions, source, path
     self.kept = Units(path / "units")
     self.random = dataclasses.replace(
       loading.resolve_weights(plan.network, None),
@@ -649,9 +600,13 @@ class _Bench:
     return RANDOM if self.source.path is None else PRETRAINED
 
   @property
-  def divisions(self) -> Sequence[trial.Data]:
-    """The folds, or the one division that all seeds share."""
-    return self.data if self.config.folds else self.data[:1]
+  def first(self) -> dataset.Dataset:
+    """The first division, for what all have in common."""
+    return self.divisions[0]
+
+  def data(self, unit: Unit) -> dataset.Dataset:
+    """Returns a unit's fold, or the one division that all seeds share."""
+    return self.divisions[unit.repeat if self.config.folds else 0]
 
   @property
   def repeated(self) -> str:
@@ -732,7 +687,7 @@ class _Bench:
     """Returns the zoo's name of a unit's network, and how it is built."""
     config, whole = self.config, unit.cut == self.plan.whole
     settings = {
-      "num_classes": len(self.data[0].names),
+      "num_classes": len(self.first.names),
       "dtype": jnp.dtype(config.dtype),
       "flatten": (
         config.data.image_size if config.network.head == "flatten" else None
@@ -754,7 +709,7 @@ class _Bench:
       frozen = names.index(network.resolve(unit.cut)) + 1
     training = trial.Trial(
       self.config,
-      self.data[unit.repeat],
+      self.data(unit),
       network,
       self.devices,
       mean=self.source.mean,
@@ -853,7 +808,7 @@ class _Bench:
         kept = np.isin(rows, only[unit.repeat])
         rows, logits = rows[kept], logits[kept]
       outputs = {"val": self.outputs(unit, "val"), split: (rows, logits)}
-      measured.append((self.data[unit.repeat], outputs))
+      measured.append((self.data(unit), outputs))
     return repeats.measure(self.config, measured, split)
 
   def best(self, row: Row) -> tuple[Unit, float]:
@@ -869,7 +824,7 @@ class _Bench:
     outputs = {split: self.outputs(best, split) for split in ("val", "test")}
     return trial.evaluate(
       self.training(best, self.network(best)),
-      self.data[best.repeat],
+      self.data(best),
       outputs,
       self.config.resamples,
       self.config.seed,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.measure import calibration, classification, evaluation
 from jaxtransfer.training import scoring, trial
 
@@ -46,7 +47,7 @@ class Tested:
 
 def measure(
   config: ml_collections.ConfigDict,
-  repeats: Sequence[tuple[trial.Data, Mapping[str, Outputs]]],
+  repeats: Sequence[tuple[Dataset, Mapping[str, Outputs]]],
   split: str,
 ) -> Tested:
   """Measures a network that was trained once or several times.
@@ -68,9 +69,7 @@ def measure(
       for name, (rows, logits) in outputs.items()
     }
     rows = outputs[split][0]
-    weights = data.resample(
-      rows, config.many_labels, config.resamples, config.seed
-    )
+    weights = data.resample(rows, config.resamples, config.seed)
     of = loss, names, *labelled[split]
     values.append(scoring.measure(*of).values)
     again.append(scoring.measure(*of, weights).values)
@@ -80,7 +79,9 @@ def measure(
         *scoring.decisions(loss, *labelled["val"])
       )
       points.append(
-        scoring.operate(config, loss, names, labelled, temperature, weights)
+        scoring.operate(
+          config, loss, names, data.positives, labelled, temperature, weights
+        )
       )
   counts = [scoring.images(loss, names, labels) for _, labels, _ in tested]
   rows, labels, logits = map(np.concatenate, zip(*tested, strict=True))

@@ -172,42 +172,11 @@ def plain(score: evaluation.Score) -> dict[str, Any]:
   )
 
 
-def positives(config: ml_collections.ConfigDict, names: list[str]) -> list[int]:
-  """Returns the classes that thresholds are for, each against the rest.
-
-  Of two classes that exclude each other one is enough: the other's sensitivity
-  is its specificity.
-
-  Args:
-    config: of it `positive`, `prevalence` and `many_labels`.
-    names: of the classes.
-
-  Raises:
-    UsageError: `positive` is no class, or it is not said whose `prevalence`
-      it is.
-  """
-  if config.positive:
-    if config.positive not in names:
-      raise errors.UsageError(
-        f"config.positive is {config.positive!r}; it is one of"
-        f" {', '.join(names)}"
-      )
-    return [names.index(config.positive)]
-  if len(names) == 2 and not config.many_labels:
-    return [1]
-  if config.prevalence and len(names) > 1:
-    raise errors.UsageError(
-      f"config.prevalence is {config.prevalence:g}, but there are {len(names)}"
-      " classes; name the one whose it is: --config.positive="
-      f"{names[-1]!r}"
-    )
-  return list(range(len(names) if len(names) <= _MOST_CLASSES else 0))
-
-
 def operate(
   config: ml_collections.ConfigDict,
   loss: steps.Loss,
   names: list[str],
+  positives: Sequence[int],
   outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
   temperature: float,
   weights: np.ndarray | None = None,
@@ -215,9 +184,10 @@ def operate(
   """Chooses thresholds on validation and measures them on the test split.
 
   Args:
-    config: of it the keys of `positives`, and `sensitivities`.
+    config: of it `sensitivities` and `prevalence`.
     loss: what training made small.
     names: of the C classes.
+    positives: the classes that thresholds are for.
     outputs: of "val" and "test", (N,) labels and (N, C) logits.
     temperature: of the probabilities that the thresholds are of.
     weights: (R, N), how often a test image counts in each of R resamples.
@@ -228,7 +198,7 @@ def operate(
   points = evaluation.operating_points(
     {split: loss.targets[labels] for split, (labels, _) in outputs.items()},
     {split: logits for split, (_, logits) in outputs.items()},
-    positives(config, names),
+    positives,
     many=loss.many,
     temperature=temperature,
     sensitivities=config.sensitivities,

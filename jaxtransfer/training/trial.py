@@ -5,7 +5,6 @@ trained, judged on validation, and read on the test split when it is asked to.
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +15,8 @@ from scipy import special
 
 from jaxtransfer import errors, files, parallel
 from jaxtransfer.data import images as imaging
-from jaxtransfer.data import labels as labelling
-from jaxtransfer.data import pipeline, sources
-from jaxtransfer.data import splits as splitting
+from jaxtransfer.data import pipeline
+from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.measure import bootstrap, calibration, curves, evaluation
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import augment, loop, optimisers, scoring, steps
@@ -27,134 +25,6 @@ HEADS = ("gap", "flatten")
 CLASS_WEIGHTS = ("none", "balanced")
 # A larger table of confusions is no longer one that somebody reads.
 _MOST_CONFUSED = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """The images of a run.
-
-  Attributes:
-    examples: the source.
-    rows: split -> rows of the source.
-    names: of what is predicted.
-    targets: (labels, C) float32, as `data.labels.read_targets` returns them.
-    notes: what the user should know, a line each.
-    fold: which of the divisions of a cross-validation it is; None where there
-      is one division.
-  """
-
-  examples: sources.Examples
-  rows: Mapping[str, np.ndarray]
-  names: list[str]
-  targets: np.ndarray
-  notes: list[str]
-  fold: int | None = None
-
-  def groups_of(self, rows: np.ndarray) -> list[str] | None:
-    """Returns the groups of some rows, None where none are known."""
-    groups = self.examples.groups
-    return None if groups is None else [groups[row] for row in rows]
-
-  def resample(
-    self, rows: np.ndarray, many_labels: bool, resamples: int, seed: int
-  ) -> np.ndarray:
-    """Returns (R, N), how often each row is in each of R resamples.
-
-    Args:
-      rows: (N,) of the source.
-      many_labels: whether an image may have several labels. The resamples are
-        then not stratified: a label of the source is a combination, and the
-        only group with a rare one would be in every resample.
-      resamples: R.
-      seed: decides the draw, together with the fold: every fold tests other
-        patients, and is drawn on its own.
-    """
-    labels = self.examples.labels[rows]
-    return bootstrap.resample_weights(
-      np.zeros_like(labels) if many_labels else labels,
-      self.groups_of(rows),
-      resamples,
-      seed if self.fold is None else (seed, self.fold),
-    )
-
-
-def open_data(
-  config: ml_collections.ConfigDict, splits: str | os.PathLike[str]
-) -> Data:
-  """Opens the source and divides it, or reads how it was divided.
-
-  Args:
-    config: the whole config.
-    splits: path of splits.json.
-
-  Raises:
-    UsageError: the source or its labels cannot be used.
-  """
-  check_splits(splits)
-  examples, names, targets = open_labelled(config)
-  divided, notes = splitting.divide(
-    config, examples, splits, every_class=not config.many_labels
-  )
-  if len(divided["train"]) < config.batch_size:
-    notes.append(
-      "The train split holds fewer images than config.batch_size,"
-      f" {config.batch_size}: every epoch is one step."
-    )
-  if config.many_labels:
-    of_split = {s: targets[examples.labels[r]] for s, r in divided.items()}
-    for split in ("val", "test"):
-      if np.isnan(of_split[split]).all():
-        raise errors.UsageError(
-          f"the {split} split has no image with a known label; change the"
-          " splits"
-        )
-    for name, column in zip(names, of_split["train"].T, strict=True):
-      if not (column == 0).any() or not (column == 1).any():
-        raise errors.UsageError(
-          f"the train split has no image with, or none without, {name!r};"
-          " leave it out or change the splits"
-        )
-  return Data(examples, divided, names, targets, [*examples.notes, *notes])
-
-
-def check_splits(path: str | os.PathLike[str]) -> None:
-  """Refuses to draw splits anew beside what was trained on others.
-
-  Args:
-    path: of splits.json.
-
-  Raises:
-    UsageError: trainings have begun beside it, and it is gone.
-  """
-  path = pathlib.Path(path)
-  begun = ("checkpoints/*", "units/*/checkpoints", "units/*/done.json")
-  if not path.exists() and any(any(path.parent.glob(of)) for of in begun):
-    raise errors.UsageError(
-      f"{path} is gone, and other splits would test on what was trained on;"
-      " put it back or choose another --workdir"
-    )
-
-
-def open_labelled(
-  config: ml_collections.ConfigDict,
-) -> tuple[sources.Examples, list[str], np.ndarray]:
-  """Opens the source and reads what its labels ask for.
-
-  Returns:
-    The source, and names and targets as `Data` holds them.
-
-  Raises:
-    UsageError: the source or its labels cannot be used.
-  """
-  examples = sources.open_source(config.data)
-  names, targets = labelling.read_targets(examples.classes, config.many_labels)
-  if len(names) < 2 - config.many_labels:
-    raise errors.UsageError(
-      f"{config.data.source} has {len(names)} classes; this needs two, or one"
-      " with config.many_labels"
-    )
-  scoring.positives(config, names)
-  return examples, names, targets
 
 
 class Trial:
@@ -186,7 +56,7 @@ class Trial:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    data: Data,
+    data: Dataset,
     network: Network,
     devices: parallel.Devices,
     *,
@@ -372,7 +242,7 @@ class _Reported(pipeline.Batches):
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    data: Data,
+    data: Dataset,
     split: str,
     devices: parallel.Devices,
     unreadable: dict[str, str],
@@ -400,32 +270,24 @@ class _Reported(pipeline.Batches):
       pipeline.too_many(self.failures, *self._limit)
 
 
-def make_loss(config: ml_collections.ConfigDict, data: Data) -> steps.Loss:
+def make_loss(config: ml_collections.ConfigDict, data: Dataset) -> steps.Loss:
   """Returns what training makes small.
 
   Args:
-    config: of it `loss` and `many_labels`.
+    config: of it `loss`.
     data: whose train split the classes are weighted by.
   """
-  targets = data.targets[data.examples.labels[data.rows["train"]]]
-  weights = np.ones(len(data.names), np.float32)
-  if config.loss.class_weights == "balanced":
-    there = np.nansum(targets, axis=0)
-    if config.many_labels:
-      weights = np.nansum(1 - targets, axis=0) / there
-    else:
-      weights = len(targets) / (len(data.names) * there)
   return steps.Loss(
     targets=data.targets,
-    many=config.many_labels,
-    weights=weights.astype(np.float32),
+    many=data.multilabel,
+    weights=data.class_weights(config.loss.class_weights),
     smoothing=config.loss.label_smoothing,
   )
 
 
 def evaluate(
   trial: Trial,
-  data: Data,
+  data: Dataset,
   outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
   resamples: int,
   seed: int,
@@ -452,7 +314,7 @@ def evaluate(
     *scoring.decisions(loss, *labelled["val"])
   )
   test_rows, test_logits = outputs["test"]
-  weights = data.resample(test_rows, loss.many, resamples, seed)
+  weights = data.resample(test_rows, resamples, seed)
   rows = []
   for split, suffix, divisor, again in (
     ("val", "", 1.0, None),
@@ -475,7 +337,13 @@ def evaluate(
       count = scoring.images(loss, data.names, labels[split], name)
       rows.append((split, name + suffix, value, interval, count))
   points = scoring.operate(
-    trial.config, loss, data.names, labelled, temperature, weights
+    trial.config,
+    loss,
+    data.names,
+    data.positives,
+    labelled,
+    temperature,
+    weights,
   )
   confusion = None
   if not loss.many and len(data.names) <= _MOST_CONFUSED:
@@ -540,7 +408,7 @@ def _reliability(labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
 
 
 def card(
-  config: ml_collections.ConfigDict, data: Data, evaluated: Mapping[str, Any]
+  config: ml_collections.ConfigDict, data: Dataset, evaluated: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns what a user of the exported network must know of its training.
 

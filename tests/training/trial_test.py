@@ -4,15 +4,13 @@ import dataclasses
 
 import jax
 import numpy as np
-import PIL.Image
 import pytest
-from sklearn.utils import class_weight
 
 from jaxtransfer import errors, parallel
-from jaxtransfer.data import images, sources
+from jaxtransfer.data import dataset, images, sources
 from jaxtransfer.data import labels as labelling
-from jaxtransfer.measure import bootstrap, calibration
-from jaxtransfer.training import scoring, trial
+from jaxtransfer.measure import calibration
+from jaxtransfer.training import trial
 from tests.jobs import configs
 from tests.training import examples
 
@@ -39,7 +37,7 @@ def _data(source, many=False, **rows):
   names, targets = labelling.read_targets(source.classes, many)
   everything = np.arange(len(source))
   rows = {**dict.fromkeys(("train", "val", "test"), everything), **rows}
-  return trial.Data(source, rows, names, targets, [])
+  return dataset.Dataset(source, rows, names, targets, many)
 
 
 def _config(**changes):
@@ -64,6 +62,8 @@ def _trial(data, **changes):
 
 def _evaluated(data, val, test, **changes):
   """Returns what `evaluate` says, and its rows by split and metric."""
+  positives = dataset.positive_classes(_config(**changes), data.names)
+  data = dataclasses.replace(data, positives=positives)
   found = trial.evaluate(
     _trial(data, **changes),
     data,
@@ -79,29 +79,6 @@ def _evaluated(data, val, test, **changes):
     for split, metric, value, interval, _ in found["rows"]
   }
   return found, rows
-
-
-def test_balanced_weights_are_scikit_learns():
-  """Of the train split alone: the other rows would change them."""
-  labels = np.array([0] * 7 + [1] * 2 + [2] * 3 + [1] * 20)
-  data = _data(_Source(list("abc"), labels), train=np.arange(12))
-  expected = class_weight.compute_class_weight(
-    "balanced", classes=np.arange(3), y=labels[:12]
-  )
-  weights = trial.make_loss(_config(), data).weights
-  np.testing.assert_allclose(weights, expected, rtol=1e-6)
-  flat = trial.make_loss(_config(**{"loss.class_weights": "none"}), data)
-  assert flat.weights.tolist() == [1, 1, 1]
-
-
-def test_balanced_weights_of_several_labels_are_absent_to_there():
-  """torch's pos_weight; an unknown label is neither there nor absent."""
-  classes = ["-", "x", "x;y", "?x;y"]
-  labels = np.array([0, 0, 0, 1, 2, 3, 3])
-  data = _data(_Source(classes, labels), many=True)
-  weights = trial.make_loss(_config(many_labels=True), data).weights
-  # x: there in 2, absent in 3, unknown in 2; y: there in 3, absent in 4.
-  np.testing.assert_allclose(weights, [3 / 2, 4 / 3], rtol=1e-6)
 
 
 def test_intervals_are_over_groups():
@@ -120,60 +97,6 @@ def test_intervals_are_over_groups():
     low, high = expected["test", metric][1]
     assert low < high
     np.testing.assert_allclose(found["test", metric][1], (low, high), rtol=1e-5)
-
-
-@pytest.mark.parametrize("crossed", [False, True])
-def test_intervals_of_a_mean_over_folds_cover_as_they_say(crossed):
-  """A source lists its patients in some order, here from easy to hard, so the
-  first of every fold are alike. Each fold drawn on its own, the 95 % interval
-  of the mean over folds holds the truth in about 95 % of a thousand data sets.
-  One draw for all folds takes the same places in each: twice too wide an
-  interval where the places are alike, and far too narrow where half of the
-  folds are listed the other way round."""
-  folds, patients, sets = 4, 40, 1000
-  draw = np.random.default_rng(0).normal(size=(sets, folds * patients))
-  skill = np.sort(draw, axis=1).reshape(sets, patients, folds).swapaxes(1, 2)
-  if crossed:
-    skill[:, 1::2] = skill[:, 1::2, ::-1]
-  source = _Source(["a"], np.zeros(folds * patients, int))
-  rows = np.arange(folds * patients).reshape(folds, patients)
-
-  def coverage(numbers):
-    weights = np.array(
-      [
-        trial.Data(source, {}, ["a"], np.ones((1, 1)), [], fold)
-        .resample(rows[k], False, 1500, 0)
-        .astype(float)
-        for k, fold in enumerate(numbers)
-      ]
-    )
-    means = np.einsum("kri,dki->dr", weights, skill, optimize=True)
-    low, high = bootstrap.interval(means / (folds * patients))
-    return np.mean((low <= 0) & (high >= 0)), np.mean(high - low)
-
-  own, width = coverage(range(folds))
-  one, width_of_one = coverage([None] * folds)
-  assert 0.93 <= own <= 0.97
-  if crossed:
-    assert one < 0.6
-  else:
-    assert one > 0.995 and width_of_one > 1.8 * width
-
-
-def test_seeds_share_the_draw_and_folds_do_not():
-  """Networks compared within a fold are drawn alike, whichever seed they had;
-  another fold has other patients, and a draw of its own."""
-  labels = np.arange(40) % 2
-  data = _data(_Source(["a", "b"], labels))
-  rows = np.arange(40)
-
-  def drawn(fold):
-    of_fold = dataclasses.replace(data, fold=fold)
-    return of_fold.resample(rows, False, 20, 3)
-
-  np.testing.assert_array_equal(drawn(None), drawn(None))
-  np.testing.assert_array_equal(drawn(1), drawn(1))
-  assert (drawn(1) != drawn(2)).any()
 
 
 def test_intervals_of_rare_combinations_of_labels_have_a_width():
@@ -240,46 +163,6 @@ def test_thresholds_are_of_the_calibrated_probability():
     assert point["val"]["specificity"] == point["test"]["specificity"]["value"]
 
 
-@pytest.mark.parametrize(
-  ("classes", "changes", "says"),
-  [
-    ("ab", {"positive": "c"}, "it is one of a, b"),
-    ("abc", {"prevalence": 0.1}, "config.positive='c'"),
-  ],
-)
-def test_whose_threshold_it_is_must_be_known(classes, changes, says):
-  with pytest.raises(errors.UsageError, match=says):
-    scoring.positives(_config(**changes), list(classes))
-
-
-def test_positives():
-  """Of two classes the last, of more each, or the one that is named."""
-  assert scoring.positives(_config(), list("ab")) == [1]
-  assert scoring.positives(_config(positive="a"), list("ab")) == [0]
-  assert scoring.positives(_config(), list("abc")) == [0, 1, 2]
-  one = _config(positive="b", prevalence=0.1)
-  assert scoring.positives(one, list("abc")) == [1]
-  assert scoring.positives(_config(many_labels=True), list("ab")) == [0, 1]
-
-
-def test_a_split_whose_labels_nobody_knows_is_refused(tmp_path):
-  """Before any work, for there is nothing to choose the epoch by."""
-  for i in range(12):
-    pixels = np.full((16, 16, 3), 20 * i, np.uint8)
-    PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-  lines = ["path,label,split"]
-  for i in range(12):
-    split = ("train", "val", "test")[i % 3]
-    label = ("x", "-")[i // 3 % 2] if split != "val" else "?x"
-    lines.append(f"{i}.png,{label},{split}")
-  (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
-  config = _config(
-    many_labels=True, **{"data.source": str(tmp_path / "manifest.csv")}
-  )
-  with pytest.raises(errors.UsageError, match="the val split has no image"):
-    trial.open_data(config, tmp_path / "splits.json")
-
-
 def test_too_many_unreadable_images_do_not_hide_why_reading_ended():
   """SIGTERM among the batches of validation is still SIGTERM, and saves."""
   data = _data(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
@@ -317,19 +200,6 @@ def test_the_limit_counts_what_the_run_knows():
   with strict._batches("test") as batches:
     next(batches)
   assert len(batches.failures) == 1 and len(strict.failures) == 2
-
-
-@pytest.mark.parametrize(
-  "there", ["checkpoints/7", "units/ttl-a-random-0/checkpoints"]
-)
-def test_splits_are_not_drawn_anew_beside_what_was_trained(tmp_path, there):
-  """New splits would test on images that were trained on."""
-  trial.check_splits(tmp_path / "splits.json")
-  (tmp_path / there).mkdir(parents=True)
-  with pytest.raises(errors.UsageError, match="splits.json is gone"):
-    trial.check_splits(tmp_path / "splits.json")
-  (tmp_path / "splits.json").write_text("{}")
-  trial.check_splits(tmp_path / "splits.json")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtransfer.data import labels as labelling
 from jaxtransfer.data import sources, stored_splits
 from jaxtransfer.data import splits as splitting
-from jaxtransfer.errors import UsageError
-from jaxtransfer.measure import bootstrap
+from jaxtransfer.errors import DivergedError, RunError, UsageError
+from jaxtransfer.measure import bootstrap, evaluation, scoring
 
 # Beyond it, the thresholds of single classes would drown the others.
 _MOST_CLASSES = 100
@@ -30,7 +30,7 @@ class Dataset:
     targets: (labels, C) float32, as `data.labels.read_targets` returns them;
       a label of the source is a row of it.
     multilabel: whether an example may have several labels.
-    positives: the classes that thresholds are for.
+    thresholds: for what thresholds are chosen.
     notes: what the user should know, a line each.
     fold: which of the divisions of a cross-validation it is; None where there
       is one division.
@@ -41,7 +41,7 @@ class Dataset:
   names: list[str]
   targets: np.ndarray
   multilabel: bool = False
-  positives: Sequence[int] = ()
+  thresholds: evaluation.Thresholds = evaluation.Thresholds()
   notes: Sequence[str] = ()
   fold: int | None = None
 
@@ -101,6 +101,46 @@ class Dataset:
         weights = len(targets) / (len(self.names) * there)
     return weights.astype(np.float32)
 
+  def outputs(
+    self,
+    config: ml_collections.ConfigDict,
+    rows: np.ndarray,
+    logits: np.ndarray,
+    *,
+    resample: bool = False,
+  ) -> scoring.Outputs:
+    """Puts what a network says beside what is true.
+
+    Args:
+      config: of it `loss.class_weights` and, for resamples, `resamples` and
+        `seed`.
+      rows: (N,) of the source.
+      logits: (N, C) float32.
+      resample: whether intervals are wanted.
+
+    Raises:
+      RunError: there is no row, none with a known label, or a logit is no
+        number.
+    """
+    classes = scoring.Classes(
+      self.names,
+      self.multilabel,
+      self.class_weights(config.loss.class_weights),
+    )
+    resamples = None
+    if resample and len(rows):
+      resamples = self.resample(rows, config.resamples, config.seed)
+    try:
+      return scoring.Outputs(
+        classes, rows, self.targets_of(rows), logits, resamples
+      )
+    except scoring.EmptyError as e:
+      raise RunError(str(e)) from e
+    except scoring.NotFiniteError as e:
+      raise DivergedError(
+        f"{e}; lower config.optimiser.learning_rate, in another workdir"
+      ) from e
+
   def without(self, failures: Container[str]) -> "Dataset":
     """Returns the dataset without what could not be read.
 
@@ -148,7 +188,11 @@ def open_divisions(
     raise UsageError(
       f"{config.data.source} has {len(names)} classes; this needs two{other}"
     )
-  positives = positive_classes(config, names)
+  thresholds = evaluation.Thresholds(
+    positive_classes(config, names),
+    config.get("sensitivities", ()),
+    config.get("prevalence") or None,
+  )
   every_class = not multilabel
   folds = config.get("folds", 0)
   if folds:
@@ -173,7 +217,7 @@ def open_divisions(
       names,
       targets,
       multilabel,
-      positives,
+      thresholds,
       [*examples.notes, *notes],
       number if folds else None,
     )

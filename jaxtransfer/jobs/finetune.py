@@ -8,19 +8,20 @@ Source: keeping a pretrained network up to a cut, putting a fresh head on it
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, parallel
+from jaxtransfer import configuration, parallel, results
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import dataset, pipeline
+from jaxtransfer.measure import evaluation
+from jaxtransfer.measure.metrics import METRICS
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import operating, page, sentences, tables
-from jaxtransfer.training import loop, scoring, steps, trial
+from jaxtransfer.report import page, sentences
+from jaxtransfer.training import loop, steps, trial
 from jaxtransfer.weights import loading
 
 
@@ -107,25 +108,22 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   outputs = training.predict(fitted.numbers, ("val", "test"))
   if not workdir.writes:
     return 1 if training.failures else 0
-  evaluated = trial.evaluate(
-    training, data, outputs, config.resamples, config.seed
+  evaluated = evaluation.evaluate(
+    data.outputs(config, *outputs["val"]),
+    data.outputs(config, *outputs["test"], resample=True),
+    data.thresholds,
   )
   unreadable = training.failures
-  results = _results(
-    config, plan, data, source, network, fitted, evaluated, unreadable
-  )
-  summary = results["summary"]
   if unreadable:
     pipeline.write_failures(
       workdir.path / "failures.csv", sorted(unreadable.items())
     )
-  seconds["evaluating"] = time.monotonic() - started
-  summary |= {
-    "failures": len(unreadable),
-    "normalisation": {"mean": list(source.mean), "std": list(source.std)},
-    "weights_sha256": source.sha256,
-    "seconds": seconds,
-    "run": begun,
+  left = _results(
+    config, plan, data, source, network, fitted, evaluated, unreadable, begun
+  )
+  left["summary"]["seconds"] = {
+    **seconds,
+    "evaluating": time.monotonic() - started,
   }
   graph, _, _ = steps.take_apart(network)
   best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
@@ -134,8 +132,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     workdir.path / "export" / "model.safetensors",
     source.card() | trial.card(config, data, evaluated),
   )
-  page.write(workdir.path, results)
-  return workdir.finish(results)
+  page.write(workdir.path, left)
+  return workdir.finish(left)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -145,7 +143,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     UsageError: naming the key.
   """
   configuration.check(config)
-  configuration.one_of("metric", config.metric, scoring.METRICS)
+  configuration.one_of("metric", config.metric, METRICS)
   until = config.network.until or None
   network = zoo.build(config.network.name, until=until)
   names = network.layer_names
@@ -177,9 +175,10 @@ def _results(
   source: loading.Source,
   network: Network,
   fitted: loop.Fitted,
-  evaluated: Mapping[str, Any],
+  evaluated: evaluation.Evaluation,
   failures: Mapping[str, str],
-) -> dict[str, Any]:
+  begun: results.Run,
+) -> results.Results:
   """Turns numbers into the rows and the summary of results.json."""
   params, macs = zoo.count(network, config.data.image_size, head=True)
   base = {
@@ -192,16 +191,14 @@ def _results(
   numbers = {
     "params": params,
     "macs": macs,
-    "temperature": evaluated["temperature"],
+    "temperature": evaluated.temperature,
     "best_epoch": fitted.epoch,
   }
+  points = results.points(evaluated.points)
   measurements = [
-    *(
-      tables.row(base | {"split": split, "n": n}, metric, value, interval)
-      for split, metric, value, interval, n in evaluated["rows"]
-    ),
-    *(tables.row(base, name, value) for name, value in numbers.items()),
-    *operating.rows(base, evaluated["operating"], [config.seed]),
+    *results.value_rows(base, evaluated.values),
+    *(results.row(base, name, value) for name, value in numbers.items()),
+    *results.point_rows(base, points, [config.seed]),
   ]
   epochs = loop.epochs_of(fitted.records)
   scores = {
@@ -212,59 +209,56 @@ def _results(
   if read.groups is not None:
     of_test = f"{read.groups['test']:,} groups"
   of_auroc = scores["auroc"]
-  summary = {
-    "rule": (
+  summary = results.Finetune(
+    sentence="",
+    rule=(
       f"The best of {len(epochs)} epochs by validation {config.metric};"
       " the test split was read once, after it was chosen."
     ),
-    "cut": plan.last,
-    "head": config.network.head,
-    "metric": config.metric,
-    "network": plan.network,
-    "weights": source.label,
-    "data": config.data.source,
-    "classes": data.names,
-    "many_labels": config.many_labels,
-    "prevalence": config.prevalence or None,
-    "taps": [plan.last],
-    "trained_layers": list(network.layer_names[plan.frozen :]),
-    "best_epoch": fitted.epoch,
-    "unfinished": {
+    cut=plan.last,
+    head=config.network.head,
+    metric=config.metric,
+    network=plan.network,
+    weights=source.label,
+    data=config.data.source,
+    classes=data.names,
+    many_labels=data.multilabel,
+    prevalence=config.prevalence or None,
+    taps=[plan.last],
+    trained_layers=list(network.layer_names[plan.frozen :]),
+    best_epoch=fitted.epoch,
+    unfinished={
       "trainings": 1,
       "at_last_epoch": int(fitted.epoch == config.epochs),
     },
-    "epochs": epochs,
-    **{
-      key: evaluated[key]
-      for key in (
-        "temperature",
-        "missed",
-        "chance",
-        "confusion",
-        "operating",
-        "reliability",
-        "curves",
-      )
-    },
-    "rows": read.rows,
-    "groups": read.groups,
-    "notes": [
+    epochs=epochs,
+    temperature=evaluated.temperature,
+    missed=results.missed(evaluated.missed),
+    chance=evaluated.chance,
+    confusion=results.confusion(evaluated),
+    operating=points,
+    reliability=results.reliability(evaluated),
+    curves=evaluated.curves,
+    rows=read.rows,
+    groups=read.groups,
+    notes=[
       *read.notes,
       *source.notes,
       *fitted.notes,
-      *trial.doubts(of_auroc["value"], of_auroc["low"]),
+      *sentences.of_guessing(of_auroc["value"], of_auroc["low"]),
     ],
-    "interval": (
+    interval=(
       f"95 % percentile bootstrap over {of_test} of the test split,"
       f" {config.resamples:,} resamples"
     ),
-  }
+    failures=len(failures),
+    normalisation={"mean": list(source.mean), "std": list(source.std)},
+    weights_sha256=source.sha256,
+    seconds={},
+    run=begun,
+  )
   # A loss chooses well and says little.
-  first = "auroc" if config.metric in loop.LOWER else config.metric
+  first = config.metric if METRICS[config.metric].higher else "auroc"
   told = first, "auroc" if first == "accuracy" else "accuracy"
-  sentence = sentences.of_finetune(summary, scores, params, told)
-  return {
-    "job": "finetune",
-    "summary": {"sentence": sentence, **summary},
-    "measurements": measurements,
-  }
+  summary["sentence"] = sentences.of_finetune(summary, scores, params, told)
+  return {"job": "finetune", "summary": summary, "measurements": measurements}

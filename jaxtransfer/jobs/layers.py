@@ -30,13 +30,21 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  results,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import dataset, pipeline, stored_splits
-from jaxtransfer.measure import bootstrap, classification, gain, probes
+from jaxtransfer.measure import (
+  bootstrap,
+  classification,
+  gain,
+  metrics,
+  probes,
+)
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import page, sentences, tables
+from jaxtransfer.report import page, sentences
+from jaxtransfer.report.tables import Measurements
 from jaxtransfer.weights import loading
 
 SPLITS = ("val", "test")
@@ -176,21 +184,17 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   costing = time.monotonic() - started
 
-  read = dataset.what_was_read([data], dict(failures))
-  results = _results(config, plan, label, data, read, measured, costs)
-  summary = results["summary"]
-  summary |= {
+  about = {
     "sum_over_whole": checked,
     "failures": len(failures),
-    "normalisation": {"mean": list(source.mean), "std": list(source.std)},
-    "weights_sha256": source.sha256,
     "seconds": {"extracting": extracting, "probing": probing, "cost": costing},
     "run": begun,
   }
-  summary["notes"] = [*read.notes, *source.notes, *summary["notes"]]
-  page.write(workdir.path, results)
-  _print(results)
-  return workdir.finish(results)
+  read = dataset.what_was_read([data], dict(failures))
+  left = _results(config, plan, source, data, read, measured, costs, about)
+  page.write(workdir.path, left)
+  _print(left)
+  return workdir.finish(left)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -201,7 +205,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """
   configuration.check(config)
   configuration.positive(config, "cost_batch_size", "resamples", "seeds")
-  configuration.one_of("metric", config.metric, classification.METRICS)
+  configuration.one_of("metric", config.metric, metrics.OF_SCORES)
   if config.tolerance < 0:
     raise errors.UsageError(
       f"config.tolerance is {config.tolerance}; a loss of zero or more"
@@ -216,7 +220,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   taps = zoo.select_taps(
     config.network.name, config.taps, config.network.until or None
   )
-  others = [m for m in classification.METRICS if m != config.metric]
+  others = [m for m in metrics.OF_SCORES if m != config.metric]
   return Plan(
     network=config.network.name,
     taps=tuple(taps),
@@ -333,7 +337,7 @@ def _probe(
       for s, split in enumerate(SPLITS):
         for r, scores in enumerate(getattr(fitted, f"{split}_scores"), start):
           for m, name in enumerate(plan.metrics):
-            metric = classification.METRICS[name]
+            metric = metrics.METRICS[name].function
             values[r, p, m, s] = metric(labels[split], scores)
             main = p == 0 and m == 0
             if main or (r == 0 and split == "test"):
@@ -389,24 +393,26 @@ def _costs(
 def _results(
   config: ml_collections.ConfigDict,
   plan: Plan,
-  label: str,
+  source: loading.Source,
   data: dataset.Dataset,
   read: dataset.Read,
   measured: Sequence[Measured],
   costs: Sequence[Mapping[str, float]],
-) -> dict[str, Any]:
+  about: Mapping[str, Any],
+) -> results.Results:
   """Turns arrays into the rows and the summary of results.json.
 
   Args:
     config: the whole config.
     plan: it, checked.
-    label: of the pretrained network.
+    source: of the pretrained network's weights.
     data: the images.
     read: what could be read of them.
     measured: of every tap.
     costs: of every tap.
+    about: what the summary says of the run.
   """
-  metric, probe = plan.metrics[0], plan.probes[0]
+  metric, label = plan.metrics[0], source.label
   val, test = ({"split": s, "n": read.rows[s]} for s in SPLITS)
   # (networks, 2, taps, resamples): the same resamples everywhere, so that
   # differences between networks and between taps are paired.
@@ -428,44 +434,48 @@ def _results(
   )
   for tap, of_tap in zip(plan.taps, costs, strict=True):
     base = {"weights": label, "tap": tap}
-    rows += [tables.row(base, name, value) for name, value in of_tap.items()]
+    rows += [results.row(base, name, value) for name, value in of_tap.items()]
   rows = [{**row, "network": plan.network} for row in rows]
   count = f"{read.rows['test']:,} images, whose patients are not known,"
   if read.groups is not None:
     count = f"{read.groups['test']:,} groups"
-  summary = {
-    "rule": (
+  summary = results.Layers(
+    **about,
+    sentence="",
+    rule=(
       "A tap is a layer whose output the probe reads; stem is the first"
       " convolution with its pooling. "
-      + gain.rule(config.tolerance, tables.metric_name(metric))
+      + gain.rule(config.tolerance, results.metric_name(metric))
       + " The best tap and the interval come from the validation split."
     ),
-    "cut": plan.taps[cut.index],
-    "best": plan.taps[cut.best],
-    "random_best": plan.taps[random_best],
-    "metric": metric,
-    "probe": probe,
-    "tolerance": config.tolerance,
-    "network": plan.network,
-    "weights": label,
-    "data": config.data.source,
-    "classes": data.names,
-    "taps": list(plan.taps),
-    "seeds": plan.seeds,
-    "rows": read.rows,
-    "groups": read.groups,
-    "notes": _notes(config, plan, label, measured, resampled),
-    "interval": (
+    cut=plan.taps[cut.index],
+    best=plan.taps[cut.best],
+    random_best=plan.taps[random_best],
+    metric=metric,
+    probe=plan.probes[0],
+    tolerance=config.tolerance,
+    network=plan.network,
+    weights=label,
+    data=config.data.source,
+    classes=data.names,
+    taps=list(plan.taps),
+    seeds=plan.seeds,
+    rows=read.rows,
+    groups=read.groups,
+    notes=[
+      *read.notes,
+      *source.notes,
+      *_notes(config, plan, label, measured, resampled),
+    ],
+    interval=(
       f"95 % percentile bootstrap over {count} of the test split,"
       f" {config.resamples:,} resamples, paired between networks and taps"
     ),
-  }
-  sentence = sentences.of_layers(summary, tables.Measurements(rows))
-  return {
-    "job": "layers",
-    "summary": {"sentence": sentence, **summary},
-    "measurements": rows,
-  }
+    normalisation={"mean": list(source.mean), "std": list(source.std)},
+    weights_sha256=source.sha256,
+  )
+  summary["sentence"] = sentences.of_layers(summary, Measurements(rows))
+  return {"job": "layers", "summary": summary, "measurements": rows}
 
 
 def _compared_rows(
@@ -478,7 +488,7 @@ def _compared_rows(
   tolerance: float,
   val: Mapping[str, Any],
   test: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+) -> list[results.Row]:
   """Returns what the main probe and metric say of the taps beside each other.
 
   Args:
@@ -543,7 +553,7 @@ def _compared_rows(
     )
   ]
   return [
-    tables.row(
+    results.row(
       base | split | {"tap": tap},
       name,
       of_taps[t],
@@ -600,7 +610,7 @@ def _score_rows(
   measured: Sequence[Measured],
   val: Mapping[str, Any],
   test: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+) -> list[results.Row]:
   """Returns a row for every tap, network, probe, metric and split."""
   rows = []
   for tap, one in zip(plan.taps, measured, strict=True):
@@ -614,22 +624,22 @@ def _score_rows(
         base = {"tap": tap, "probe": probe, **network}
         if not np.isnan(one.strengths[r, p]):
           strength = one.strengths[r, p]
-          rows.append(tables.row(base | val, "strength", strength))
+          rows.append(results.row(base | val, "strength", strength))
         for m, metric in enumerate(plan.metrics):
           scores = one.values[r, p, m]
-          rows.append(tables.row(base | val, metric, scores[0]))
+          rows.append(results.row(base | val, metric, scores[0]))
           interval = None if r else one.intervals[p, m]
-          rows.append(tables.row(base | test, metric, scores[1], interval))
+          rows.append(results.row(base | test, metric, scores[1], interval))
   return rows
 
 
-def _print(results: Mapping[str, Any]) -> None:
+def _print(left: results.Results) -> None:
   """Prints the curve as a table."""
-  summary = results["summary"]
+  summary = left["summary"]
   metric = summary["metric"]
   found = {
     (row["tap"], row["metric"], row["weights"]): row
-    for row in results["measurements"]
+    for row in left["measurements"]
     if row["seed"] is None
     and row["split"] in ("test", None)
     and row["probe"] in (summary["probe"], None)

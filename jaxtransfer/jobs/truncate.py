@@ -29,6 +29,7 @@ from jaxtransfer import (
   files,
   hosts,
   parallel,
+  results,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.cuts import (
@@ -41,19 +42,14 @@ from jaxtransfer.cuts import (
   Unit,
 )
 from jaxtransfer.data import dataset, pipeline
-from jaxtransfer.measure import (
-  classification,
-  evaluation,
-)
+from jaxtransfer.measure import evaluation, metrics
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import operating, page, sentences, tables
+from jaxtransfer.report import page, sentences
 from jaxtransfer.training import (
   costs,
   loop,
   optimisers,
-  repeats,
-  scoring,
   steps,
   trial,
 )
@@ -121,9 +117,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   with files.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
       return workdir.report_failures()
-    results = _report(bench, search, rows, begun)
-    page.write(workdir.path, results)
-    return workdir.finish(results)
+    left = _report(bench, search, rows, begun)
+    page.write(workdir.path, left)
+    return workdir.finish(left)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -134,8 +130,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """
   configuration.check(config)
   configuration.positive(config, "seeds", "cost_batch_size")
-  configuration.one_of("metric", config.metric, classification.METRICS)
-  configuration.one_of("epoch_metric", config.epoch_metric, scoring.METRICS)
+  configuration.one_of("metric", config.metric, metrics.OF_SCORES)
+  configuration.one_of("epoch_metric", config.epoch_metric, metrics.METRICS)
   for key, least in (("tolerance", 0), ("layer_step", 0), ("halving", 0)):
     optimisers.check_range(key, config[key], least=least)
   if config.folds and config.folds < 3:
@@ -269,8 +265,8 @@ def _report(
   bench: "_Bench",
   search: Sequence[Searched],
   rows: Sequence[Row],
-  begun: Mapping[str, Any],
-) -> dict[str, Any]:
+  begun: results.Run,
+) -> results.Results:
   """Reads the test split for the rows of the table, and says what was found."""
   config = bench.config
   started = time.monotonic()
@@ -296,60 +292,45 @@ def _report(
     )
   of_auroc = next(row for row in table if row["chosen"])["test"]["auroc"]
   records = [of for (of,) in bench.kept.records("done.json").values()]
-  read = dataset.what_was_read(bench.divisions, unreadable)
-  summary = {
-    **_settings(bench),
-    "rows": read.rows,
-    "groups": read.groups,
-    "cut": bench.choose(search, "ttl").cut,
-    "taps": sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
-    "notes": [
-      *read.notes,
-      *bench.source.notes,
-      *trial.doubts(of_auroc["mean"], of_auroc["low"]),
-    ],
-    "search": searched,
-    "table": table,
-    "unfinished": {
+  summary = results.Truncate(
+    **_settings(bench, unreadable),
+    sentence="",
+    cut=bench.choose(search, "ttl").cut,
+    taps=sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
+    search=searched,
+    table=table,
+    unfinished={
       "trainings": len(records),
       "at_last_epoch": sum(r["best_epoch"] == config.epochs for r in records),
     },
-    "learning": [
-      {
-        "name": row.name,
-        "epochs": [bench.epochs(u) for u in row.units],
-      }
+    learning=[
+      {"name": row.name, "epochs": [bench.epochs(u) for u in row.units]}
       for row in compared
     ],
-    "exported": exported,
-    "confusion": evaluated["confusion"],
-    "reliability": evaluated["reliability"],
-    "temperature": evaluated["temperature"],
-    "curves": [
-      {"name": name, **one["curves"]} for name, one in evaluations.items()
-    ],
-    "failed": [
+    exported=exported,
+    confusion=results.confusion(evaluated),
+    reliability=results.reliability(evaluated),
+    temperature=evaluated.temperature,
+    curves=[{"name": name, **of.curves} for name, of in evaluations.items()],
+    failed=[
       {"unit": name, "reason": record["reason"]}
       for name, (record,) in bench.kept.records("failed.json").items()
     ],
-    "failures": len(unreadable),
-    "seconds": {
+    seconds={
       "training": sum(record["seconds"] for record in records),
       "evaluating": time.monotonic() - started,
     },
-    "run": begun,
-  }
-  return {
-    "job": "truncate",
-    "summary": {"sentence": sentences.of_truncate(summary), **summary},
-    "measurements": measurements,
-  }
+    run=begun,
+  )
+  summary["notes"] += sentences.of_guessing(of_auroc["mean"], of_auroc["low"])
+  summary["sentence"] = sentences.of_truncate(summary)
+  return {"job": "truncate", "summary": summary, "measurements": measurements}
 
 
-def _settings(bench: "_Bench") -> dict[str, Any]:
-  """Returns what the summary says of how it was done."""
+def _settings(bench: "_Bench", unreadable: Mapping[str, str]) -> dict[str, Any]:
+  """Returns what the summary says of how it was done, and on what."""
   config, plan, source = bench.config, bench.plan, bench.source
-  metric = tables.metric_name(config.metric)
+  metric = results.metric_name(config.metric)
   units = "images" if bench.first.examples.groups is None else "groups"
   drawn = ", each fold's drawn on their own" if config.folds else ""
   halving = None
@@ -358,12 +339,13 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
       f"Successive halving, {config.halving} x: the worse half of each"
       " method's cuts was dropped before the last epoch."
     )
+  read = dataset.what_was_read(bench.divisions, unreadable)
   return {
     "rule": (
       f"Of the cuts whose mean validation {metric} is within"
       f" {config.tolerance:g} of the best, the shallowest; every training"
       " keeps its best epoch by validation"
-      f" {tables.metric_name(config.epoch_metric)}. The test"
+      f" {results.metric_name(config.epoch_metric)}. The test"
       " split was read once, after everything was chosen."
     ),
     "metric": config.metric,
@@ -373,7 +355,7 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
     "weights": source.label,
     "data": config.data.source,
     "classes": bench.first.names,
-    "many_labels": config.many_labels,
+    "many_labels": bench.first.multilabel,
     "prevalence": config.prevalence or None,
     "image_size": config.data.image_size,
     "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
@@ -386,12 +368,16 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
     ),
     "normalisation": {"mean": list(source.mean), "std": list(source.std)},
     "weights_sha256": source.sha256,
+    "rows": read.rows,
+    "groups": read.groups,
+    "notes": [*read.notes, *source.notes],
+    "failures": len(unreadable),
   }
 
 
 def _searched(
   bench: "_Bench", search: Sequence[Searched]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[results.Searched], list[results.Row]]:
   """Returns what the summary holds of every cut, and its measurements."""
   config, plan = bench.config, bench.plan
   searched, measurements = [], []
@@ -405,7 +391,7 @@ def _searched(
     if one.stopped is None:
       tested = bench.tested(units, "val")
       interval = tested.scores[config.metric].interval
-      measurements += _rows_of(
+      measurements += results.score_rows(
         {
           "network": plan.network,
           "weights": bench.label(units[0]),
@@ -437,9 +423,9 @@ def _searched(
 
 def _table(
   bench: "_Bench", rows: Sequence[Row]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[results.Tested], list[results.Row]]:
   """Returns a line for every network that was tested, and its measurements."""
-  read = repeats.read_by_all(
+  read = evaluation.read_by_all(
     [(u.repeat, bench.outputs(u, "test")[0]) for row in rows for u in row.units]
   )
   tested = [bench.tested(row.units, "test", read) for row in rows]
@@ -466,13 +452,15 @@ def _table(
       "training_seconds": float(np.mean([r["seconds"] for r in records])),
       "epochs": float(np.mean([r["epoch"] for r in records])),
       "val": files.finite(float(np.mean(values))),
-      "test": {n: scoring.plain(s) for n, s in of_row.scores.items()},
-      "operating": of_row.points,
-      "missed": of_row.missed,
+      "test": {n: results.score(s) for n, s in of_row.scores.items()},
+      "operating": results.points(of_row.points),
+      "missed": results.missed(of_row.missed),
       "chance": of_row.chance,
       "tests": 1 if bench.config.folds else len(row.units),
       "chosen": row.chosen,
       "whole": of_row is references.get("ftl"),
+      "against_chosen": None,
+      "against_ftl": None,
     }
     base = {
       "network": bench.plan.network if row.cut else row.method,
@@ -482,47 +470,28 @@ def _table(
     }
     of_test = {**base, "split": "test", "n": of_row.images.distinct}
     for name, score in of_row.scores.items():
-      measurements += _rows_of(
+      measurements += results.score_rows(
         base | {"split": "test"}, name, score, of_row.images
       )
     for key, other in references.items():
-      line[f"against_{key}"] = None
       if other is not of_row:
         differences = {
           name: score.above(other.scores[name])
           for name, score in of_row.scores.items()
         }
         line[f"against_{key}"] = {
-          name: files.finite(of._asdict()) for name, of in differences.items()
+          name: results.difference(of) for name, of in differences.items()
         }
         measurements += [
-          tables.row(of_test, f"{name}:against_{key}", of.value, of[1:])
+          results.row(of_test, f"{name}:against_{key}", of.value, of[1:])
           for name, of in differences.items()
         ]
-    measurements += operating.rows(base, of_row.points, range(len(row.units)))
-    measurements += [tables.row(base, name, line[name]) for name in _COSTS]
+    measurements += results.point_rows(
+      base, line["operating"], range(len(row.units))
+    )
+    measurements += [results.row(base, name, line[name]) for name in _COSTS]
     table.append(line)
   return table, measurements
-
-
-def _rows_of(
-  base: Mapping[str, Any],
-  metric: str,
-  score: evaluation.Score,
-  images: repeats.Images,
-) -> list[dict[str, Any]]:
-  """Returns a row for the mean and one for each repeat."""
-  return [
-    tables.row(
-      {**base, "n": images.distinct}, metric, score.mean, score.interval
-    ),
-    *(
-      tables.row({**base, "seed": repeat, "n": count}, metric, value)
-      for repeat, (count, value) in enumerate(
-        zip(images.of_repeats, score.values, strict=True)
-      )
-    ),
-  ]
 
 
 def _number(value: float | None) -> float:
@@ -555,8 +524,8 @@ def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
 
 
 def _export(
-  bench: "_Bench", row: Row, evaluated: Mapping[str, Any]
-) -> dict[str, Any]:
+  bench: "_Bench", row: Row, evaluated: evaluation.Evaluation
+) -> results.Exported:
   """Writes the chosen cut's best network of all repeats, by validation."""
   best, value = bench.best(row)
   data = bench.data(best)
@@ -569,7 +538,7 @@ def _export(
     "seed": best.repeat,
     "cut": best.cut,
     "val": files.finite(value),
-    "missed": evaluated["missed"],
+    "missed": results.missed(evaluated.missed),
   }
 
 
@@ -793,7 +762,7 @@ class _Bench:
     units: Sequence[Unit],
     split: str,
     only: Mapping[int, np.ndarray] | None = None,
-  ) -> repeats.Tested:
+  ) -> evaluation.Tested:
     """Measures what all repeats of a network are worth on a split.
 
     Args:
@@ -807,9 +776,17 @@ class _Bench:
       if only is not None:
         kept = np.isin(rows, only[unit.repeat])
         rows, logits = rows[kept], logits[kept]
-      outputs = {"val": self.outputs(unit, "val"), split: (rows, logits)}
-      measured.append((self.data(unit), outputs))
-    return repeats.measure(self.config, measured, split)
+      data = self.data(unit)
+      measured.append(data.outputs(self.config, rows, logits, resample=True))
+    disjoint = bool(self.config.folds)
+    if split == "val":
+      return evaluation.over_repeats(measured, disjoint=disjoint)
+    val = [
+      self.data(unit).outputs(self.config, *self.outputs(unit, "val"))
+      for unit in units
+    ]
+    thresholds = self.first.thresholds
+    return evaluation.over_repeats(measured, val, thresholds, disjoint=disjoint)
 
   def best(self, row: Row) -> tuple[Unit, float]:
     """Returns the best of a row's repeats, and its score, by validation."""
@@ -818,16 +795,14 @@ class _Bench:
     at = int(np.argmax(np.nan_to_num(values, nan=-np.inf)))
     return row.units[at], values[at]
 
-  def evaluated(self, row: Row) -> dict[str, Any]:
-    """Returns what `trial.evaluate` says of a row's best network."""
+  def evaluated(self, row: Row) -> evaluation.Evaluation:
+    """Measures a row's best network in all ways."""
     best, _ = self.best(row)
-    outputs = {split: self.outputs(best, split) for split in ("val", "test")}
-    return trial.evaluate(
-      self.training(best, self.network(best)),
-      self.data(best),
-      outputs,
-      self.config.resamples,
-      self.config.seed,
+    data, config = self.data(best), self.config
+    return evaluation.evaluate(
+      data.outputs(config, *self.outputs(best, "val")),
+      data.outputs(config, *self.outputs(best, "test"), resample=True),
+      data.thresholds,
     )
 
   def outputs(self, unit: Unit, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,25 +6,22 @@ trained, judged on validation, and read on the test split when it is asked to.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
-from scipy import special
 
-from jaxtransfer import errors, files, parallel
+from jaxtransfer import errors, files, parallel, results
 from jaxtransfer.data import images as imaging
 from jaxtransfer.data import pipeline
 from jaxtransfer.data.dataset import Dataset
-from jaxtransfer.measure import bootstrap, calibration, curves, evaluation
+from jaxtransfer.measure import evaluation, scoring
 from jaxtransfer.networks.network import Network
-from jaxtransfer.training import augment, loop, optimisers, scoring, steps
+from jaxtransfer.training import augment, loop, optimisers, steps
 
 HEADS = ("gap", "flatten")
 CLASS_WEIGHTS = ("none", "balanced")
-# A larger table of confusions is no longer one that somebody reads.
-_MOST_CONFUSED = 50
 
 
 class Trial:
@@ -45,7 +42,6 @@ class Trial:
 
   Attributes:
     config: as given.
-    loss: what is made small.
     steps: of the whole training.
     failures: image -> why it could not be read, of all splits read so far.
 
@@ -87,13 +83,18 @@ class Trial:
       shard=devices.shard,
     )
     self.steps = len(self._train)
-    self.loss = make_loss(config, data)
+    loss = steps.Loss(
+      targets=data.targets,
+      many=data.multilabel,
+      weights=data.class_weights(config.loss.class_weights),
+      smoothing=config.loss.label_smoothing,
+    )
     self._schedule = optimisers.Schedule(**config.schedule)
     optimiser = optimisers.Optimiser(**config.optimiser)
     if backbone is not None:
       optimiser = dataclasses.replace(optimiser, backbone=backbone)
     self._recipe = steps.Recipe(
-      loss=self.loss,
+      loss=loss,
       optimiser=optimiser,
       schedule=self._schedule.multiplier(
         self.steps, self.steps // config.epochs
@@ -176,25 +177,9 @@ class Trial:
         outputs[split] = loop.predict(forward, numbers, read, self._devices)
     return outputs
 
-  def measure(
-    self,
-    rows: np.ndarray,
-    logits: np.ndarray,
-    weights: np.ndarray | None = None,
-  ) -> scoring.Scores:
-    """Measures logits; see `scoring.measure`.
-
-    Args:
-      rows: (N,) of the source.
-      logits: (N, C) float32.
-      weights: (R, N), how often an image counts in each of R resamples.
-    """
-    labels = self._data.examples.labels[rows]
-    return scoring.measure(self.loss, self._data.names, labels, logits, weights)
-
   def _score(self, rows: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-    found = self.measure(rows, logits)
-    return {**found.values, "classes": found.classes}
+    scores = scoring.measure(self._data.outputs(self.config, rows, logits))
+    return {**scores.values, "classes": scores.classes}
 
   def _batches(self, split: str) -> "_Reported":
     return _Reported(
@@ -270,164 +255,29 @@ class _Reported(pipeline.Batches):
       pipeline.too_many(self.failures, *self._limit)
 
 
-def make_loss(config: ml_collections.ConfigDict, data: Dataset) -> steps.Loss:
-  """Returns what training makes small.
-
-  Args:
-    config: of it `loss`.
-    data: whose train split the classes are weighted by.
-  """
-  return steps.Loss(
-    targets=data.targets,
-    many=data.multilabel,
-    weights=data.class_weights(config.loss.class_weights),
-    smoothing=config.loss.label_smoothing,
-  )
-
-
-def evaluate(
-  trial: Trial,
-  data: Dataset,
-  outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
-  resamples: int,
-  seed: int,
-) -> dict[str, Any]:
-  """Measures one trained network, its temperature fitted on validation.
-
-  Args:
-    trial: it.
-    data: its images.
-    outputs: of `val` and `test`, as `Trial.predict` returns them.
-    resamples: of the groups, for the intervals of the test split.
-    seed: of these.
-
-  Returns:
-    temperature; rows: (split, metric, value, interval or None, images);
-    of the test split confusion: (C, C) or None; missed, operating: as
-    `scoring.missed` and `join_points` return them; chance: the balanced
-    accuracy of guessing; reliability and curves.
-  """
-  loss = trial.loss
-  labels = {s: data.examples.labels[rows] for s, (rows, _) in outputs.items()}
-  labelled = {s: (labels[s], logits) for s, (_, logits) in outputs.items()}
-  temperature = calibration.fit_temperature(
-    *scoring.decisions(loss, *labelled["val"])
-  )
-  test_rows, test_logits = outputs["test"]
-  weights = data.resample(test_rows, resamples, seed)
-  rows = []
-  for split, suffix, divisor, again in (
-    ("val", "", 1.0, None),
-    ("test", "", 1.0, weights),
-    ("val", ":calibrated", temperature, None),
-    ("test", ":calibrated", temperature, weights),
-  ):
-    read, logits = outputs[split][0], outputs[split][1] / divisor
-    flat = _flat(trial.measure(read, logits))
-    flat_again = (
-      {} if again is None else _flat(trial.measure(read, logits, again))
-    )
-    for name, value in flat.items():
-      # A temperature changes how sure a network is, not its order.
-      if suffix and name not in loop.LOWER:
-        continue
-      interval = None
-      if name in flat_again:
-        interval = bootstrap.interval(flat_again[name])
-      count = scoring.images(loss, data.names, labels[split], name)
-      rows.append((split, name + suffix, value, interval, count))
-  points = scoring.operate(
-    trial.config,
-    loss,
-    data.names,
-    data.positives,
-    labelled,
-    temperature,
-    weights,
-  )
-  confusion = None
-  if not loss.many and len(data.names) <= _MOST_CONFUSED:
-    table = np.zeros((len(data.names),) * 2, int)
-    np.add.at(table, (labels["test"], test_logits.argmax(1)), 1)
-    confusion = table.tolist()
-  of_decisions = scoring.decisions(loss, labels["test"], test_logits)
-  return {
-    "temperature": temperature,
-    "rows": rows,
-    "confusion": confusion,
-    "missed": scoring.missed(loss, data.names, *labelled["test"]),
-    "chance": evaluation.chance(loss.targets[labels["test"]], many=loss.many),
-    "operating": scoring.join_points([points]),
-    "curves": curves.curves(
-      loss.targets[labels["test"]],
-      test_logits,
-      weights,
-      many_labels=loss.many,
-    ),
-    "reliability": {
-      "before": _reliability(*of_decisions),
-      "after": _reliability(of_decisions[0], of_decisions[1] / temperature),
-    },
-  }
-
-
-def doubts(auroc: float | None, low: float | None) -> list[str]:
-  """Returns a note where a network cannot be told from guessing, for the page.
-
-  Args:
-    auroc: of the test split; None where undefined.
-    low: end of its interval; None without one.
-  """
-  least = auroc if low is None else low
-  if least is None or least > 0.5:
-    return []
-  what = "is" if low is None else "has an interval that reaches down to"
-  return [
-    f"The test AUROC {what} {least:.3f}: on these images the network cannot be"
-    " told from guessing."
-  ]
-
-
-def _flat(scores: scoring.Scores) -> dict[str, scoring.Value]:
-  of_classes = {
-    f"{metric}:{name}": value
-    for metric, values in scores.classes.items()
-    for name, value in values.items()
-  }
-  return {**scores.values, **of_classes}
-
-
-def _reliability(labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-  probabilities = special.softmax(logits, axis=1)
-  found = calibration.reliability(labels, probabilities)
-  names = ("confidence", "accuracy", "count")
-  return {
-    name: [files.finite(v) for v in values]
-    for name, values in zip(names, found, strict=True)
-  }
-
-
 def card(
-  config: ml_collections.ConfigDict, data: Dataset, evaluated: Mapping[str, Any]
+  config: ml_collections.ConfigDict,
+  data: Dataset,
+  evaluated: evaluation.Evaluation,
 ) -> dict[str, Any]:
   """Returns what a user of the exported network must know of its training.
 
   Args:
     config: the whole config.
     data: its images.
-    evaluated: as `evaluate` returns it.
+    evaluated: what it is worth.
   """
-  activation = "sigmoid" if config.many_labels else "softmax"
+  activation = "sigmoid" if data.multilabel else "softmax"
   return {
     "head": config.network.head,
     "classes": data.names,
-    "many_labels": config.many_labels,
+    "many_labels": data.multilabel,
     "image_size": config.data.image_size,
     "resize": imaging.resize_card(config.data.image_size),
-    "temperature": evaluated["temperature"],
+    "temperature": evaluated.temperature,
     "metrics": {
-      f"{split}:{metric}": files.finite(value)
-      for split, metric, value, _, _ in evaluated["rows"]
+      f"{of.split}:{of.metric}": files.finite(of.value)
+      for of in evaluated.values
     },
     "operating_points": {
       "meaning": (
@@ -448,7 +298,7 @@ def card(
             for key, of in point["test"].items()
           },
         }
-        for point in evaluated["operating"]
+        for point in results.points(evaluated.points)
       ],
     },
   }

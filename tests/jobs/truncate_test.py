@@ -18,7 +18,7 @@ from jaxtransfer import errors, workdir
 from jaxtransfer.data import images as imaging
 from jaxtransfer.data import preprocess, sources
 from jaxtransfer.jobs import truncate
-from jaxtransfer.measure import bootstrap, classification
+from jaxtransfer.measure import bootstrap, metrics
 from jaxtransfer.networks import zoo
 from jaxtransfer.weights import loading
 from tests.jobs import configs
@@ -142,7 +142,8 @@ def _resampled(path, source, units, metric="auroc", folds=False):
     seed = (0, repeat) if folds else 0
     weights = bootstrap.resample_weights(labels, groups, 20, seed)
     scores = special.softmax(logits, axis=1)
-    found.append(classification.METRICS[metric](labels, scores, weights))
+    score = metrics.METRICS[metric].function
+    found.append(score(labels, scores, weights))
   return np.mean(found, axis=0)
 
 

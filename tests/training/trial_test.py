@@ -1,7 +1,5 @@
 """What jobs that train share: weights of classes, and scores of outputs."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from jaxtransfer import errors, parallel
 from jaxtransfer.data import dataset, images, sources
 from jaxtransfer.data import labels as labelling
-from jaxtransfer.measure import calibration
+from jaxtransfer.measure import calibration, evaluation
 from jaxtransfer.training import trial
 from tests.jobs import configs
 from tests.training import examples
@@ -61,24 +59,21 @@ def _trial(data, **changes):
 
 
 def _evaluated(data, val, test, **changes):
-  """Returns what `evaluate` says, and its rows by split and metric."""
-  positives = dataset.positive_classes(_config(**changes), data.names)
-  data = dataclasses.replace(data, positives=positives)
-  found = trial.evaluate(
-    _trial(data, **changes),
-    data,
-    {
-      "val": (data.rows["val"], val.astype(np.float32)),
-      "test": (data.rows["test"], test.astype(np.float32)),
-    },
-    resamples=200,
-    seed=0,
+  """Returns what a network is worth, and its values by split and metric."""
+  config = _config(resamples=200, **changes)
+  evaluated = evaluation.evaluate(
+    data.outputs(config, data.rows["val"], val.astype(np.float32)),
+    data.outputs(
+      config, data.rows["test"], test.astype(np.float32), resample=True
+    ),
+    evaluation.Thresholds(
+      dataset.positive_classes(config, data.names),
+      config.sensitivities,
+      config.prevalence or None,
+    ),
   )
-  rows = {
-    (split, metric): (value, interval)
-    for split, metric, value, interval, _ in found["rows"]
-  }
-  return found, rows
+  values = {(of.split, of.metric): of for of in evaluated.values}
+  return evaluated, values
 
 
 def test_intervals_are_over_groups():
@@ -92,11 +87,13 @@ def test_intervals_are_over_groups():
   together = _data(_Source(["a", "b"], labels.repeat(5), groups))
   _, expected = _evaluated(alone, logits, logits)
   five = logits.repeat(5, 0)
-  _, found = _evaluated(together, five, five)
+  _, values = _evaluated(together, five, five)
   for metric in ("accuracy", "loss", "auroc"):
-    low, high = expected["test", metric][1]
+    low, high = expected["test", metric].interval
     assert low < high
-    np.testing.assert_allclose(found["test", metric][1], (low, high), rtol=1e-5)
+    np.testing.assert_allclose(
+      values["test", metric].interval, (low, high), rtol=1e-5
+    )
 
 
 def test_intervals_of_rare_combinations_of_labels_have_a_width():
@@ -109,10 +106,10 @@ def test_intervals_of_rare_combinations_of_labels_have_a_width():
   ]
   data = _data(_Source(classes, np.arange(16)), many=True)
   logits = np.random.default_rng(0).normal(size=(16, 4))
-  _, rows = _evaluated(data, logits, logits, many_labels=True)
+  _, values = _evaluated(data, logits, logits, many_labels=True)
   for metric in ("accuracy", "loss", "auroc"):
-    low, high = rows["test", metric][1]
-    assert low < rows["test", metric][0] < high
+    low, high = values["test", metric].interval
+    assert low < values["test", metric].value < high
 
 
 def test_the_temperature_is_that_of_validation():
@@ -123,9 +120,9 @@ def test_the_temperature_is_that_of_validation():
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
   labels = np.array([rng.choice(3, p=of) for of in p])
   data = _data(_Source(list("abc"), labels))
-  found, _ = _evaluated(data, 3 * logits, logits / 2)
+  evaluated, _ = _evaluated(data, 3 * logits, logits / 2)
   expected = calibration.fit_temperature(labels, 3 * logits)
-  assert found["temperature"] == pytest.approx(expected, rel=1e-3)
+  assert evaluated.temperature == pytest.approx(expected, rel=1e-3)
   assert 2 < expected < 4.5
 
 
@@ -134,12 +131,12 @@ def test_what_is_counted_is_what_a_score_is_of():
   classes = ["x", "y", "?x;y", "-"]
   data = _data(_Source(classes, [0, 1, 2, 3] * 10), many=True)
   logits = np.random.default_rng(0).normal(size=(40, 2))
-  found, _ = _evaluated(data, logits, logits, many_labels=True)
-  counts = {(s, m): n for s, m, _, _, n in found["rows"]}
-  assert counts["test", "auroc"] == 40
-  assert counts["test", "auroc:x"] == counts["val", "auprc:x"] == 30
-  images = {p["class"]: p["images"] for p in found["operating"]}
-  assert images == {"x": [10, 20], "y": [20, 20]}
+  evaluated, values = _evaluated(data, logits, logits, many_labels=True)
+  assert values["test", "auroc"].images == 40
+  for of_x in (("test", "auroc:x"), ("val", "auprc:x")):
+    assert values[of_x].images == 30
+  images = {point.name: point.images for point in evaluated.points}
+  assert images == {"x": (10, 20), "y": (20, 20)}
 
 
 def test_thresholds_are_of_the_calibrated_probability():
@@ -148,10 +145,11 @@ def test_thresholds_are_of_the_calibrated_probability():
   labels = np.arange(200) % 2
   logits = 3 * (rng.normal(size=(200, 2)) + np.eye(2)[labels])
   data = _data(_Source(["no", "yes"], labels))
-  found, _ = _evaluated(data, logits, logits, positive="no", prevalence=0.2)
-  card = trial.card(_config(), data, found)["operating_points"]
+  changes = {"positive": "no", "prevalence": 0.2}
+  evaluated, _ = _evaluated(data, logits, logits, **changes)
+  card = trial.card(_config(), data, evaluated)["operating_points"]
   assert "softmax(logits / temperature)" in card["meaning"]
-  logits = logits.astype(np.float32) / found["temperature"]
+  logits = logits.astype(np.float32) / evaluated.temperature
   p = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
   assert [point["class"] for point in card["points"]] == ["no"] * 3
   for point in card["points"]:
@@ -200,18 +198,3 @@ def test_the_limit_counts_what_the_run_knows():
   with strict._batches("test") as batches:
     next(batches)
   assert len(batches.failures) == 1 and len(strict.failures) == 2
-
-
-@pytest.mark.parametrize(
-  "value, low, said",
-  [
-    (0.81, 0.7, None),
-    (0.61, 0.48, "reaches down to 0.480"),
-    (0.44, None, "is 0.440"),
-    (None, None, None),  # one class in the test split
-  ],
-)
-def test_what_guessing_could_have_scored_is_noted(value, low, said):
-  notes = trial.doubts(value, low)
-  assert len(notes) == (said is not None)
-  assert said is None or said in notes[0]

@@ -487,8 +487,8 @@ def difference(of: evaluation.Difference) -> Difference:
 
 def missed(classes: Sequence[evaluation.Missed]) -> list[Missed]:
   """Returns classes that are hardly found."""
-  found = [of._asdict() for of in classes]
-  return [{"class": of.pop("name"), **of} for of in found]
+  fields = [of._asdict() for of in classes]
+  return [{"class": of.pop("name"), **of} for of in fields]
 
 
 def points(of: Sequence[evaluation.Operating]) -> list[Point]:

@@ -341,11 +341,11 @@ def _probe(
             values[r, p, m, s] = metric(labels[split], scores)
             main = p == 0 and m == 0
             if main or (r == 0 and split == "test"):
-              again = metric(labels[split], scores, weights[split])
+              in_resamples = metric(labels[split], scores, weights[split])
               if main:
-                resampled[r, s] = again
+                resampled[r, s] = in_resamples
               if r == 0 and split == "test":
-                intervals[p, m] = bootstrap.interval(again)
+                intervals[p, m] = bootstrap.interval(in_resamples)
   return Measured(values, resampled, intervals, chosen, beyond, converged)
 
 
@@ -510,44 +510,49 @@ def _compared_rows(
   def less(array: np.ndarray, tap: int) -> np.ndarray:
     return array - array[tap]
 
-  (on_val, on_test), (val_again, test_again) = values[0], resampled[0]
-  mean, mean_again = values[1:, 1].mean(0), resampled[1:, 1].mean(0)
-  found = [
-    (random, metric, test, mean, mean_again),
+  (on_val, on_test), (val_resampled, test_resampled) = values[0], resampled[0]
+  mean, mean_resampled = values[1:, 1].mean(0), resampled[1:, 1].mean(0)
+  quantities = [
+    (random, metric, test, mean, mean_resampled),
     (random, f"{metric}:seed_sd", test, gain.seed_spread(values[1:, 1]), None),
   ]
-  found += [
-    (pretrained, f"{metric}:{name}", split, of_taps, again)
-    for name, split, of_taps, again in (
+  quantities += [
+    (pretrained, f"{metric}:{name}", split, of_taps, of_resamples)
+    for name, split, of_taps, of_resamples in (
       (
         "gain",
         test,
         gain.gain(on_test, values[1:, 1]),
-        gain.gain(test_again, resampled[1:, 1]),
+        gain.gain(test_resampled, resampled[1:, 1]),
       ),
       (
         "marginal_gain",
         test,
         gain.marginal_gain(on_test),
-        gain.marginal_gain(test_again),
+        gain.marginal_gain(test_resampled),
       ),
-      ("against_best", val, less(on_val, cut.best), less(val_again, cut.best)),
+      (
+        "against_best",
+        val,
+        less(on_val, cut.best),
+        less(val_resampled, cut.best),
+      ),
       (
         "against_cut",
         test,
         less(on_test, cut.index),
-        less(test_again, cut.index),
+        less(test_resampled, cut.index),
       ),
       (
         "over_random",
         test,
         on_test - mean[random_best],
-        test_again - mean_again[random_best],
+        test_resampled - mean_resampled[random_best],
       ),
       (
         "chosen",
         val,
-        gain.choice_shares(on_val, val_again, tolerance),
+        gain.choice_shares(on_val, val_resampled, tolerance),
         None,
       ),
     )
@@ -557,10 +562,10 @@ def _compared_rows(
       base | split | {"tap": tap},
       name,
       of_taps[t],
-      None if again is None else bootstrap.interval(again[t]),
+      None if of_resamples is None else bootstrap.interval(of_resamples[t]),
     )
     for t, tap in enumerate(plan.taps)
-    for base, name, split, of_taps, again in found
+    for base, name, split, of_taps, of_resamples in quantities
   ]
 
 
@@ -637,7 +642,7 @@ def _print(left: results.Results) -> None:
   """Prints the curve as a table."""
   summary = left["summary"]
   metric = summary["metric"]
-  found = {
+  rows = {
     (row["tap"], row["metric"], row["weights"]): row
     for row in left["measurements"]
     if row["seed"] is None
@@ -646,7 +651,7 @@ def _print(left: results.Results) -> None:
   }
 
   def cell(tap: str, name: str, weights: str) -> str:
-    row = found[tap, name, weights]
+    row = rows[tap, name, weights]
     if row["value"] is None:
       return "-"
     if row["low"] is None:
@@ -664,7 +669,7 @@ def _print(left: results.Results) -> None:
       cell(tap, metric, weights),
       cell(tap, metric, "random"),
       cell(tap, f"{metric}:gain", weights),
-      f"{found[tap, 'params', weights]['value'] / 1e6:.2f} M",
-      f"{found[tap, 'images_per_second', weights]['value']:.1f}",
+      f"{rows[tap, 'params', weights]['value'] / 1e6:.2f} M",
+      f"{rows[tap, 'images_per_second', weights]['value']:.1f}",
     )
     print(" ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)))

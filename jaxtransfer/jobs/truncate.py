@@ -222,16 +222,16 @@ def _search(bench: "_Bench") -> list[Searched]:
 
   blocks = {method: plan.cuts(method) for method in plan.methods}
   train(blocks)
-  found = searched(blocks, "blocks")
+  search = searched(blocks, "blocks")
   if config.layer_step:
     layers = {
       method: plan.around(method, best.cut, config.layer_step)
       for method in plan.methods
-      if (best := bench.choose(found, method)) and method in plan.layerwise
+      if (best := bench.choose(search, method)) and method in plan.layerwise
     }
     train(layers)
-    found += searched(layers, "layers")
-  return found
+    search += searched(layers, "layers")
+  return search
 
 
 def _halve(
@@ -267,7 +267,7 @@ def _report(
   rows: Sequence[Row],
   begun: results.Run,
 ) -> results.Results:
-  """Reads the test split for the rows of the table, and says what was found."""
+  """Reads the test split for the rows of the table, and fills results.json."""
   config = bench.config
   started = time.monotonic()
   rows = [
@@ -500,12 +500,12 @@ def _number(value: float | None) -> float:
 
 def _unreadable(bench: "_Bench") -> dict[str, str]:
   """Returns image -> why it could not be read, of all trainings."""
-  found = {}
+  reasons = {}
   for pattern in ("done.json", "*_failures.json"):
     for records in bench.kept.records(pattern).values():
       for record in records:
-        found |= record.get("failures", {})
-  return found
+        reasons |= record.get("failures", {})
+  return reasons
 
 
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
@@ -731,7 +731,7 @@ class _Bench:
     value = record["val"][self.config.metric]
     print(
       f"{unit.name}: {len(epochs)} epochs,"
-      f" validation {self.config.metric} {_said(value)},"
+      f" validation {self.config.metric} {_three_decimals(value)},"
       f" {record['seconds']:.0f} s",
       flush=True,
     )
@@ -831,5 +831,5 @@ def _save(
     np.savez(f, rows=rows, logits=logits)
 
 
-def _said(value: float | None) -> str:
+def _three_decimals(value: float | None) -> str:
   return "undefined" if value is None else f"{value:.3f}"

@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -288,12 +288,12 @@ def check_splits(
       " anew in each group, or hold several patients, leave the column 'slide'"
       " out",
     )
-  lacking = "train" in splits and _absent(splits["train"], labels, classes)
-  if lacking:
+  absent = "train" in splits and _absent(splits["train"], labels, classes)
+  if absent:
     raise UsageError(
-      f"the train split has {lacking}; leave them out or change the splits"
+      f"the train split has {absent}; leave them out or change the splits"
     )
-  return _lacking(splits, labels, classes)
+  return lacking(splits, labels, classes)
 
 
 def divide(
@@ -511,20 +511,6 @@ def _taken_from_train(
   ]
 
 
-def counted(rows: Mapping[str, np.ndarray], classes: Sequence[str]) -> str:
-  """Returns how many images there are in all and of each split, in words.
-
-  Args:
-    rows: row indices of every split.
-    classes: their names.
-  """
-  counts = {split: len(of_split) for split, of_split in rows.items()}
-  return (
-    f"{sum(counts.values()):,} images of {len(classes):,} classes"
-    f" ({', '.join(f'{n:,} {split}' for split, n in counts.items())})"
-  )
-
-
 def rough(
   splits: Mapping[str, np.ndarray], groups: Sequence[str] | None
 ) -> list[str]:
@@ -550,71 +536,25 @@ def rough(
   return notes
 
 
-def readable(
-  splits: Mapping[str, np.ndarray],
-  names: Sequence[str],
-  failures: Container[str],
-) -> dict[str, np.ndarray]:
-  """Returns the rows of every split that were read, for what is counted.
-
-  Args:
-    splits: row indices of every split, as planned.
-    names: N names of the rows of the source.
-    failures: names of the images that could not be read.
-  """
-  return {
-    split: np.array([r for r in rows if names[r] not in failures], np.int64)
-    for split, rows in splits.items()
-  }
-
-
-def notes_of_read(
-  notes: Sequence[str],
-  planned: Sequence[Mapping[str, np.ndarray]],
-  read: Sequence[Mapping[str, np.ndarray]],
-  examples: Examples,
-  *,
-  every_class: bool = True,
-) -> list[str]:
-  """Says of what was read what `divide` said of what was planned.
-
-  Args:
-    notes: of a run, those of `divide` or `divide_folds` among them.
-    planned: row indices of every split, of every division.
-    read: the same without what could not be read.
-    examples: the source.
-    every_class: as in `divide`.
-
-  Returns:
-    The notes, those on what a split holds made anew and last.
-  """
-
-  def about(divisions: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
-    found = []
-    for rows in divisions:
-      if every_class:
-        found += _lacking(rows, examples.labels, examples.classes)
-      found += rough(rows, examples.groups)
-    return found
-
-  stale = set(about(planned))
-  kept = [note for note in notes if note not in stale]
-  return list(dict.fromkeys([*kept, *about(read)]))
-
-
-def _lacking(
+def lacking(
   splits: Mapping[str, np.ndarray],
   labels: np.ndarray,
   classes: Sequence[str],
 ) -> list[str]:
-  """Returns a line for every split that lacks classes but not all images."""
+  """Returns a line for every split that lacks classes but not all images.
+
+  Args:
+    splits: row indices of every split.
+    labels: (N,) int, the class of every row.
+    classes: names of the classes.
+  """
   notes = []
   for split, rows in splits.items():
-    if len(rows) and (lacking := _absent(rows, labels, classes)):
+    if len(rows) and (absent := _absent(rows, labels, classes)):
       so = "its scores leave them out"
       if split == "train":
         so = "the network never saw one"
-      notes.append(f"the {split} split has {lacking}; {so}")
+      notes.append(f"the {split} split has {absent}; {so}")
   return notes
 
 

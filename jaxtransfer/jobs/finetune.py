@@ -8,20 +8,20 @@ Source: keeping a pretrained network up to a cut, putting a fresh head on it
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, parallel
+from jaxtransfer import configuration, parallel, results
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, stored_splits
-from jaxtransfer.data import splits as splitting
+from jaxtransfer.data import dataset, pipeline
+from jaxtransfer.measure import evaluation
+from jaxtransfer.measure.metrics import METRICS
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import operating, page, sentences, tables
-from jaxtransfer.training import loop, scoring, steps, trial
+from jaxtransfer.report import page, sentences
+from jaxtransfer.training import loop, steps, trial
 from jaxtransfer.weights import loading
 
 
@@ -61,7 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
-  data = trial.open_data(config, workdir.path / "splits.json")
+  (data,) = dataset.open_divisions(config, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
   )
@@ -90,11 +90,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   begun = workdir.begin(str(devices))
   if workdir.writes:
-    stored_splits.save_splits(
-      workdir.path / "splits.json", data.rows, data.examples
-    )
+    dataset.save(workdir.path / "splits.json", [data])
   print(
-    f"{splitting.counted(data.rows, data.names)};"
+    f"{data};"
     f" {plan.network} to {plan.last} with {source.label} weights;"
     f" {training.steps:,} steps on {devices}",
     flush=True,
@@ -110,25 +108,22 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   outputs = training.predict(fitted.numbers, ("val", "test"))
   if not workdir.writes:
     return 1 if training.failures else 0
-  evaluated = trial.evaluate(
-    training, data, outputs, config.resamples, config.seed
+  evaluated = evaluation.evaluate(
+    data.outputs(config, *outputs["val"]),
+    data.outputs(config, *outputs["test"], resample=True),
+    data.thresholds,
   )
   unreadable = training.failures
-  results = _results(
-    config, plan, data, source, network, fitted, evaluated, unreadable
-  )
-  summary = results["summary"]
   if unreadable:
     pipeline.write_failures(
       workdir.path / "failures.csv", sorted(unreadable.items())
     )
-  seconds["evaluating"] = time.monotonic() - started
-  summary |= {
-    "failures": len(unreadable),
-    "normalisation": {"mean": list(source.mean), "std": list(source.std)},
-    "weights_sha256": source.sha256,
-    "seconds": seconds,
-    "run": begun,
+  left = _results(
+    config, plan, data, source, network, fitted, evaluated, unreadable, begun
+  )
+  left["summary"]["seconds"] = {
+    **seconds,
+    "evaluating": time.monotonic() - started,
   }
   graph, _, _ = steps.take_apart(network)
   best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
@@ -137,8 +132,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     workdir.path / "export" / "model.safetensors",
     source.card() | trial.card(config, data, evaluated),
   )
-  page.write(workdir.path, results)
-  return workdir.finish(results)
+  page.write(workdir.path, left)
+  return workdir.finish(left)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -148,7 +143,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     UsageError: naming the key.
   """
   configuration.check(config)
-  configuration.one_of("metric", config.metric, scoring.METRICS)
+  configuration.one_of("metric", config.metric, METRICS)
   until = config.network.until or None
   network = zoo.build(config.network.name, until=until)
   names = network.layer_names
@@ -176,13 +171,14 @@ def _first_of(network: Network, layer: str) -> int:
 def _results(
   config: ml_collections.ConfigDict,
   plan: Plan,
-  data: trial.Data,
+  data: dataset.Dataset,
   source: loading.Source,
   network: Network,
   fitted: loop.Fitted,
-  evaluated: Mapping[str, Any],
+  evaluated: evaluation.Evaluation,
   failures: Mapping[str, str],
-) -> dict[str, Any]:
+  begun: results.Run,
+) -> results.Results:
   """Turns numbers into the rows and the summary of results.json."""
   params, macs = zoo.count(network, config.data.image_size, head=True)
   base = {
@@ -195,83 +191,74 @@ def _results(
   numbers = {
     "params": params,
     "macs": macs,
-    "temperature": evaluated["temperature"],
+    "temperature": evaluated.temperature,
     "best_epoch": fitted.epoch,
   }
+  points = results.points(evaluated.points)
   measurements = [
-    *(
-      tables.row(base | {"split": split, "n": n}, metric, value, interval)
-      for split, metric, value, interval, n in evaluated["rows"]
-    ),
-    *(tables.row(base, name, value) for name, value in numbers.items()),
-    *operating.rows(base, evaluated["operating"], [config.seed]),
+    *results.value_rows(base, evaluated.values),
+    *(results.row(base, name, value) for name, value in numbers.items()),
+    *results.point_rows(base, points, [config.seed]),
   ]
   epochs = loop.epochs_of(fitted.records)
   scores = {
     row["metric"]: row for row in measurements if row["split"] == "test"
   }
-  read = splitting.readable(data.rows, data.examples.names, failures)
-  groups, of_test = None, f"{len(read['test']):,} images"
-  if data.examples.groups is not None:
-    groups = {s: len(set(data.groups_of(rows))) for s, rows in read.items()}
-    of_test = f"{groups['test']:,} groups"
+  read = dataset.what_was_read([data], failures)
+  of_test = f"{read.rows['test']:,} images"
+  if read.groups is not None:
+    of_test = f"{read.groups['test']:,} groups"
   of_auroc = scores["auroc"]
-  every_class = not config.many_labels
-  summary = {
-    "rule": (
+  summary = results.Finetune(
+    sentence="",
+    rule=(
       f"The best of {len(epochs)} epochs by validation {config.metric};"
       " the test split was read once, after it was chosen."
     ),
-    "cut": plan.last,
-    "head": config.network.head,
-    "metric": config.metric,
-    "network": plan.network,
-    "weights": source.label,
-    "data": config.data.source,
-    "classes": data.names,
-    "many_labels": config.many_labels,
-    "prevalence": config.prevalence or None,
-    "taps": [plan.last],
-    "trained_layers": list(network.layer_names[plan.frozen :]),
-    "best_epoch": fitted.epoch,
-    "unfinished": {
+    cut=plan.last,
+    head=config.network.head,
+    metric=config.metric,
+    network=plan.network,
+    weights=source.label,
+    data=config.data.source,
+    classes=data.names,
+    many_labels=data.multilabel,
+    prevalence=config.prevalence or None,
+    taps=[plan.last],
+    trained_layers=list(network.layer_names[plan.frozen :]),
+    best_epoch=fitted.epoch,
+    unfinished={
       "trainings": 1,
       "at_last_epoch": int(fitted.epoch == config.epochs),
     },
-    "epochs": epochs,
-    **{
-      key: evaluated[key]
-      for key in (
-        "temperature",
-        "missed",
-        "chance",
-        "confusion",
-        "operating",
-        "reliability",
-        "curves",
-      )
-    },
-    "rows": {name: len(rows) for name, rows in read.items()},
-    "groups": groups,
-    "notes": [
-      *splitting.notes_of_read(
-        data.notes, [data.rows], [read], data.examples, every_class=every_class
-      ),
+    epochs=epochs,
+    temperature=evaluated.temperature,
+    missed=results.missed(evaluated.missed),
+    chance=evaluated.chance,
+    confusion=results.confusion(evaluated),
+    operating=points,
+    reliability=results.reliability(evaluated),
+    curves=evaluated.curves,
+    rows=read.rows,
+    groups=read.groups,
+    notes=[
+      *read.notes,
       *source.notes,
       *fitted.notes,
-      *trial.doubts(of_auroc["value"], of_auroc["low"]),
+      *sentences.of_guessing(of_auroc["value"], of_auroc["low"]),
     ],
-    "interval": (
+    interval=(
       f"95 % percentile bootstrap over {of_test} of the test split,"
       f" {config.resamples:,} resamples"
     ),
-  }
+    failures=len(failures),
+    normalisation={"mean": list(source.mean), "std": list(source.std)},
+    weights_sha256=source.sha256,
+    seconds={},
+    run=begun,
+  )
   # A loss chooses well and says little.
-  first = "auroc" if config.metric in loop.LOWER else config.metric
+  first = config.metric if METRICS[config.metric].higher else "auroc"
   told = first, "auroc" if first == "accuracy" else "accuracy"
-  sentence = sentences.of_finetune(summary, scores, params, told)
-  return {
-    "job": "finetune",
-    "summary": {"sentence": sentence, **summary},
-    "measurements": measurements,
-  }
+  summary["sentence"] = sentences.of_finetune(summary, scores, params, told)
+  return {"job": "finetune", "summary": summary, "measurements": measurements}

@@ -30,14 +30,21 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  results,
 )
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, sources, stored_splits
-from jaxtransfer.data import splits as splitting
-from jaxtransfer.measure import bootstrap, classification, gain, probes
+from jaxtransfer.data import dataset, pipeline, stored_splits
+from jaxtransfer.measure import (
+  bootstrap,
+  classification,
+  gain,
+  metrics,
+  probes,
+)
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import page, sentences, tables
+from jaxtransfer.report import page, sentences
+from jaxtransfer.report.tables import Measurements
 from jaxtransfer.weights import loading
 
 SPLITS = ("val", "test")
@@ -112,10 +119,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     RunError: too many images cannot be read.
   """
   plan = make_plan(config)
-  examples = sources.open_source(config.data)
-  divided, notes = splitting.divide(
-    config, examples, workdir.path / "splits.json"
-  )
+  (data,) = dataset.open_divisions(config, workdir.path / "splits.json")
   # After the images, because it may download.
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
@@ -125,7 +129,6 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       f"config.network.weights is {config.network.weights!r}; this job compares"
       " pretrained weights with random ones: name some, or give a file"
     )
-  notes = [*notes, *source.notes]
   if source.slim_after:
     raise errors.UsageError(
       f"{source.path} holds layers of half the width after"
@@ -136,20 +139,20 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   networks[label].check_size(config.data.image_size)
   devices = parallel.Devices(config.parallel)
   begun = workdir.begin(str(devices))
-  stored_splits.save_splits(workdir.path / "splits.json", divided, examples)
+  dataset.save(workdir.path / "splits.json", [data])
   print(
-    f"{splitting.counted(divided, examples.classes)};"
+    f"{data};"
     f" {plan.network} with {label} and {plan.seeds} random initialisations;"
     f" {len(plan.taps)} taps on {devices}",
     flush=True,
   )
-  for note in [*examples.notes, *notes]:
+  for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 
   started = time.monotonic()
   images = features.Images(
-    examples=examples,
-    rows=np.sort(np.concatenate(list(divided.values()))),
+    examples=data.examples,
+    rows=np.sort(np.concatenate(list(data.rows.values()))),
     image_size=config.data.image_size,
     mean=source.mean,
     std=source.std,
@@ -171,7 +174,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   extracting = time.monotonic() - started
 
   started = time.monotonic()
-  measured = _measure(config, plan, examples, divided, extracted, workdir)
+  measured = _measure(config, plan, data, extracted, workdir)
   probing = time.monotonic() - started
 
   started = time.monotonic()
@@ -181,23 +184,17 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   costing = time.monotonic() - started
 
-  rows = extracted[label].rows()
-  read = {name: of[np.isin(of, rows)] for name, of in divided.items()}
-  results = _results(config, plan, label, examples, read, measured, costs)
-  summary = results["summary"]
-  summary |= {
+  about = {
     "sum_over_whole": checked,
     "failures": len(failures),
-    "normalisation": {"mean": list(source.mean), "std": list(source.std)},
-    "weights_sha256": source.sha256,
     "seconds": {"extracting": extracting, "probing": probing, "cost": costing},
     "run": begun,
   }
-  notes = splitting.notes_of_read(notes, [divided], [read], examples)
-  summary["notes"] = [*examples.notes, *notes, *summary["notes"]]
-  page.write(workdir.path, results)
-  _print(results)
-  return workdir.finish(results)
+  read = dataset.what_was_read([data], dict(failures))
+  left = _results(config, plan, source, data, read, measured, costs, about)
+  page.write(workdir.path, left)
+  _print(left)
+  return workdir.finish(left)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -208,7 +205,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """
   configuration.check(config)
   configuration.positive(config, "cost_batch_size", "resamples", "seeds")
-  configuration.one_of("metric", config.metric, classification.METRICS)
+  configuration.one_of("metric", config.metric, metrics.OF_SCORES)
   if config.tolerance < 0:
     raise errors.UsageError(
       f"config.tolerance is {config.tolerance}; a loss of zero or more"
@@ -223,7 +220,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   taps = zoo.select_taps(
     config.network.name, config.taps, config.network.until or None
   )
-  others = [m for m in classification.METRICS if m != config.metric]
+  others = [m for m in metrics.OF_SCORES if m != config.metric]
   return Plan(
     network=config.network.name,
     taps=tuple(taps),
@@ -251,36 +248,28 @@ def _networks(
 def _measure(
   config: ml_collections.ConfigDict,
   plan: Plan,
-  examples: sources.Examples,
-  divided: Mapping[str, np.ndarray],
+  data: dataset.Dataset,
   extracted: Mapping[str, features.Features],
   workdir: workdirs.Workdir,
 ) -> list[Measured]:
   """Probes every tap, or reads what an earlier run of it measured."""
   rows = next(iter(extracted.values())).rows()
   # Positions in the features of the rows of each split that could be read.
-  where = {name: np.isin(rows, split) for name, split in divided.items()}
-  labels = {name: examples.labels[rows[m]] for name, m in where.items()}
+  where = {name: np.isin(rows, split) for name, split in data.rows.items()}
+  labels = {name: data.examples.labels[rows[m]] for name, m in where.items()}
   weights = {
-    split: bootstrap.resample_weights(
-      labels[split],
-      None
-      if examples.groups is None
-      else [examples.groups[row] for row in rows[where[split]]],
-      config.resamples,
-      config.seed,
-    )
+    split: data.resample(rows[where[split]], config.resamples, config.seed)
     for split in SPLITS
   }
   determines = [
     [str(f.directory.name) for f in extracted.values()],
     [hashlib.sha256(m.tobytes()).hexdigest() for m in where.values()],
-    stored_splits.digest(examples),
+    stored_splits.digest(data.examples),
     [plan.probes, plan.metrics, config.strengths, config.resamples],
     config.seed,
   ]
   digest = hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
-  found = []
+  measured = []
   # Said once, by name, among the report's notes.
   warnings.simplefilter("ignore", classification.AbsentClassWarning)
   for tap in tqdm.tqdm(plan.taps, desc="probing", unit=" taps", disable=None):
@@ -294,12 +283,12 @@ def _measure(
         labels,
         weights,
         extracted,
-        len(examples.classes),
+        len(data.names),
       ).save(stored)
-    found.append(Measured.load(stored))
-    score = float(found[-1].values[0, 0, 0, 1])
+    measured.append(Measured.load(stored))
+    score = float(measured[-1].values[0, 0, 0, 1])
     workdir.log(event="probe", tap=tap, **{plan.metrics[0]: score})
-  return found
+  return measured
 
 
 def _probe(
@@ -348,15 +337,15 @@ def _probe(
       for s, split in enumerate(SPLITS):
         for r, scores in enumerate(getattr(fitted, f"{split}_scores"), start):
           for m, name in enumerate(plan.metrics):
-            metric = classification.METRICS[name]
+            metric = metrics.METRICS[name].function
             values[r, p, m, s] = metric(labels[split], scores)
             main = p == 0 and m == 0
             if main or (r == 0 and split == "test"):
-              again = metric(labels[split], scores, weights[split])
+              in_resamples = metric(labels[split], scores, weights[split])
               if main:
-                resampled[r, s] = again
+                resampled[r, s] = in_resamples
               if r == 0 and split == "test":
-                intervals[p, m] = bootstrap.interval(again)
+                intervals[p, m] = bootstrap.interval(in_resamples)
   return Measured(values, resampled, intervals, chosen, beyond, converged)
 
 
@@ -404,25 +393,27 @@ def _costs(
 def _results(
   config: ml_collections.ConfigDict,
   plan: Plan,
-  label: str,
-  examples: sources.Examples,
-  read: Mapping[str, np.ndarray],
+  source: loading.Source,
+  data: dataset.Dataset,
+  read: dataset.Read,
   measured: Sequence[Measured],
   costs: Sequence[Mapping[str, float]],
-) -> dict[str, Any]:
+  about: Mapping[str, Any],
+) -> results.Results:
   """Turns arrays into the rows and the summary of results.json.
 
   Args:
     config: the whole config.
     plan: it, checked.
-    label: of the pretrained network.
-    examples: the source.
-    read: rows of every split that could be read.
+    source: of the pretrained network's weights.
+    data: the images.
+    read: what could be read of them.
     measured: of every tap.
     costs: of every tap.
+    about: what the summary says of the run.
   """
-  metric, probe = plan.metrics[0], plan.probes[0]
-  val, test = ({"split": s, "n": len(read[s])} for s in SPLITS)
+  metric, label = plan.metrics[0], source.label
+  val, test = ({"split": s, "n": read.rows[s]} for s in SPLITS)
   # (networks, 2, taps, resamples): the same resamples everywhere, so that
   # differences between networks and between taps are paired.
   resampled = np.stack([one.resampled for one in measured], axis=2)
@@ -443,51 +434,48 @@ def _results(
   )
   for tap, of_tap in zip(plan.taps, costs, strict=True):
     base = {"weights": label, "tap": tap}
-    rows += [tables.row(base, name, value) for name, value in of_tap.items()]
+    rows += [results.row(base, name, value) for name, value in of_tap.items()]
   rows = [{**row, "network": plan.network} for row in rows]
-  groups = None
-  if examples.groups is not None:
-    groups = {
-      name: len({examples.groups[row] for row in split})
-      for name, split in read.items()
-    }
-  units = (
-    "images, whose patients are not known," if groups is None else "groups"
-  )
-  count = len(read["test"]) if groups is None else groups["test"]
-  summary = {
-    "rule": (
+  count = f"{read.rows['test']:,} images, whose patients are not known,"
+  if read.groups is not None:
+    count = f"{read.groups['test']:,} groups"
+  summary = results.Layers(
+    **about,
+    sentence="",
+    rule=(
       "A tap is a layer whose output the probe reads; stem is the first"
       " convolution with its pooling. "
-      + gain.rule(config.tolerance, tables.metric_name(metric))
+      + gain.rule(config.tolerance, results.metric_name(metric))
       + " The best tap and the interval come from the validation split."
     ),
-    "cut": plan.taps[cut.index],
-    "best": plan.taps[cut.best],
-    "random_best": plan.taps[random_best],
-    "metric": metric,
-    "probe": probe,
-    "tolerance": config.tolerance,
-    "network": plan.network,
-    "weights": label,
-    "data": config.data.source,
-    "classes": examples.classes,
-    "taps": list(plan.taps),
-    "seeds": plan.seeds,
-    "rows": {name: len(split) for name, split in read.items()},
-    "groups": groups,
-    "notes": _notes(config, plan, label, measured, resampled),
-    "interval": (
-      f"95 % percentile bootstrap over {count:,} {units} of the test split,"
+    cut=plan.taps[cut.index],
+    best=plan.taps[cut.best],
+    random_best=plan.taps[random_best],
+    metric=metric,
+    probe=plan.probes[0],
+    tolerance=config.tolerance,
+    network=plan.network,
+    weights=label,
+    data=config.data.source,
+    classes=data.names,
+    taps=list(plan.taps),
+    seeds=plan.seeds,
+    rows=read.rows,
+    groups=read.groups,
+    notes=[
+      *read.notes,
+      *source.notes,
+      *_notes(config, plan, label, measured, resampled),
+    ],
+    interval=(
+      f"95 % percentile bootstrap over {count} of the test split,"
       f" {config.resamples:,} resamples, paired between networks and taps"
     ),
-  }
-  sentence = sentences.of_layers(summary, tables.Measurements(rows))
-  return {
-    "job": "layers",
-    "summary": {"sentence": sentence, **summary},
-    "measurements": rows,
-  }
+    normalisation={"mean": list(source.mean), "std": list(source.std)},
+    weights_sha256=source.sha256,
+  )
+  summary["sentence"] = sentences.of_layers(summary, Measurements(rows))
+  return {"job": "layers", "summary": summary, "measurements": rows}
 
 
 def _compared_rows(
@@ -500,7 +488,7 @@ def _compared_rows(
   tolerance: float,
   val: Mapping[str, Any],
   test: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+) -> list[results.Row]:
   """Returns what the main probe and metric say of the taps beside each other.
 
   Args:
@@ -522,57 +510,62 @@ def _compared_rows(
   def less(array: np.ndarray, tap: int) -> np.ndarray:
     return array - array[tap]
 
-  (on_val, on_test), (val_again, test_again) = values[0], resampled[0]
-  mean, mean_again = values[1:, 1].mean(0), resampled[1:, 1].mean(0)
-  found = [
-    (random, metric, test, mean, mean_again),
+  (on_val, on_test), (val_resampled, test_resampled) = values[0], resampled[0]
+  mean, mean_resampled = values[1:, 1].mean(0), resampled[1:, 1].mean(0)
+  quantities = [
+    (random, metric, test, mean, mean_resampled),
     (random, f"{metric}:seed_sd", test, gain.seed_spread(values[1:, 1]), None),
   ]
-  found += [
-    (pretrained, f"{metric}:{name}", split, of_taps, again)
-    for name, split, of_taps, again in (
+  quantities += [
+    (pretrained, f"{metric}:{name}", split, of_taps, of_resamples)
+    for name, split, of_taps, of_resamples in (
       (
         "gain",
         test,
         gain.gain(on_test, values[1:, 1]),
-        gain.gain(test_again, resampled[1:, 1]),
+        gain.gain(test_resampled, resampled[1:, 1]),
       ),
       (
         "marginal_gain",
         test,
         gain.marginal_gain(on_test),
-        gain.marginal_gain(test_again),
+        gain.marginal_gain(test_resampled),
       ),
-      ("against_best", val, less(on_val, cut.best), less(val_again, cut.best)),
+      (
+        "against_best",
+        val,
+        less(on_val, cut.best),
+        less(val_resampled, cut.best),
+      ),
       (
         "against_cut",
         test,
         less(on_test, cut.index),
-        less(test_again, cut.index),
+        less(test_resampled, cut.index),
       ),
       (
         "over_random",
         test,
         on_test - mean[random_best],
-        test_again - mean_again[random_best],
+        test_resampled - mean_resampled[random_best],
       ),
       (
         "chosen",
         val,
-        gain.choice_shares(on_val, val_again, tolerance),
+        gain.choice_shares(on_val, val_resampled, tolerance),
         None,
       ),
     )
   ]
   return [
-    tables.row(
+    results.row(
       base | split | {"tap": tap},
       name,
       of_taps[t],
-      None if again is None else bootstrap.interval(again[t]),
+      None if of_resamples is None else bootstrap.interval(of_resamples[t]),
     )
     for t, tap in enumerate(plan.taps)
-    for base, name, split, of_taps, again in found
+    for base, name, split, of_taps, of_resamples in quantities
   ]
 
 
@@ -622,7 +615,7 @@ def _score_rows(
   measured: Sequence[Measured],
   val: Mapping[str, Any],
   test: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+) -> list[results.Row]:
   """Returns a row for every tap, network, probe, metric and split."""
   rows = []
   for tap, one in zip(plan.taps, measured, strict=True):
@@ -636,29 +629,29 @@ def _score_rows(
         base = {"tap": tap, "probe": probe, **network}
         if not np.isnan(one.strengths[r, p]):
           strength = one.strengths[r, p]
-          rows.append(tables.row(base | val, "strength", strength))
+          rows.append(results.row(base | val, "strength", strength))
         for m, metric in enumerate(plan.metrics):
           scores = one.values[r, p, m]
-          rows.append(tables.row(base | val, metric, scores[0]))
+          rows.append(results.row(base | val, metric, scores[0]))
           interval = None if r else one.intervals[p, m]
-          rows.append(tables.row(base | test, metric, scores[1], interval))
+          rows.append(results.row(base | test, metric, scores[1], interval))
   return rows
 
 
-def _print(results: Mapping[str, Any]) -> None:
+def _print(left: results.Results) -> None:
   """Prints the curve as a table."""
-  summary = results["summary"]
+  summary = left["summary"]
   metric = summary["metric"]
-  found = {
+  rows = {
     (row["tap"], row["metric"], row["weights"]): row
-    for row in results["measurements"]
+    for row in left["measurements"]
     if row["seed"] is None
     and row["split"] in ("test", None)
     and row["probe"] in (summary["probe"], None)
   }
 
   def cell(tap: str, name: str, weights: str) -> str:
-    row = found[tap, name, weights]
+    row = rows[tap, name, weights]
     if row["value"] is None:
       return "-"
     if row["low"] is None:
@@ -676,7 +669,7 @@ def _print(results: Mapping[str, Any]) -> None:
       cell(tap, metric, weights),
       cell(tap, metric, "random"),
       cell(tap, f"{metric}:gain", weights),
-      f"{found[tap, 'params', weights]['value'] / 1e6:.2f} M",
-      f"{found[tap, 'images_per_second', weights]['value']:.1f}",
+      f"{rows[tap, 'params', weights]['value'] / 1e6:.2f} M",
+      f"{rows[tap, 'images_per_second', weights]['value']:.1f}",
     )
     print(" ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)))

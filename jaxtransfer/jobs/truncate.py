@@ -29,6 +29,7 @@ from jaxtransfer import (
   files,
   hosts,
   parallel,
+  results,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.cuts import (
@@ -40,21 +41,15 @@ from jaxtransfer.cuts import (
   Searched,
   Unit,
 )
-from jaxtransfer.data import pipeline, stored_splits
-from jaxtransfer.data import splits as splitting
-from jaxtransfer.measure import (
-  classification,
-  evaluation,
-)
+from jaxtransfer.data import dataset, pipeline
+from jaxtransfer.measure import evaluation, metrics
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.networks.network import Network
-from jaxtransfer.report import operating, page, sentences, tables
+from jaxtransfer.report import page, sentences
 from jaxtransfer.training import (
   costs,
   loop,
   optimisers,
-  repeats,
-  scoring,
   steps,
   trial,
 )
@@ -93,25 +88,25 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
   trial.check(config, devices)
-  data = _open(config, plan, workdir.path / "splits.json")
+  divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
   )
-  bench = _Bench(config, plan, devices, data, source, workdir.path)
+  bench = _Bench(config, plan, devices, divisions, source, workdir.path)
   # A batch that is too large or weights that do not fit are said now.
   first = Unit("ttl", plan.whole, bench.began_with, 0)
   network = bench.network(first)
   network.check_size(config.data.image_size)
   bench.training(first, network)
   begun = workdir.begin(str(devices))
-  _save_splits(workdir.path / "splits.json", data)
+  dataset.save(workdir.path / "splits.json", divisions)
   print(
-    f"{splitting.counted(data[0].rows, data[0].names)};"
+    f"{divisions[0]};"
     f" {plan.network} with {source.label} weights, cuts"
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
-  for note in [*data[0].notes, *source.notes]:
+  for note in [*divisions[0].notes, *source.notes]:
     print(note, flush=True)
   search = _search(bench)
   rows = cuts.compared(
@@ -122,9 +117,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   with files.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
       return workdir.report_failures()
-    results = _report(bench, search, rows, begun)
-    page.write(workdir.path, results)
-    return workdir.finish(results)
+    left = _report(bench, search, rows, begun)
+    page.write(workdir.path, left)
+    return workdir.finish(left)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -135,8 +130,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """
   configuration.check(config)
   configuration.positive(config, "seeds", "cost_batch_size")
-  configuration.one_of("metric", config.metric, classification.METRICS)
-  configuration.one_of("epoch_metric", config.epoch_metric, scoring.METRICS)
+  configuration.one_of("metric", config.metric, metrics.OF_SCORES)
+  configuration.one_of("epoch_metric", config.epoch_metric, metrics.METRICS)
   for key, least in (("tolerance", 0), ("layer_step", 0), ("halving", 0)):
     optimisers.check_range(key, config[key], least=least)
   if config.folds and config.folds < 3:
@@ -198,29 +193,6 @@ def _listed(key: str, value: str, known: Sequence[str]) -> tuple[str, ...]:
   return words
 
 
-def _open(
-  config: ml_collections.ConfigDict, plan: Plan, path: pathlib.Path
-) -> list[trial.Data]:
-  """Opens the source and divides it, once for all seeds or for every fold."""
-  if not config.folds:
-    return [trial.open_data(config, path)] * plan.repeats
-  trial.check_splits(path)
-  examples, names, targets = trial.open_labelled(config)
-  divisions, notes = splitting.divide_folds(config, examples, path)
-  notes = [*examples.notes, *notes]
-  return [
-    trial.Data(examples, rows, names, targets, notes, fold)
-    for fold, rows in enumerate(divisions)
-  ]
-
-
-def _save_splits(path: pathlib.Path, data: Sequence[trial.Data]) -> None:
-  rows = data[0].rows
-  if data[0] is not data[-1]:
-    rows = splitting.join_folds([one.rows for one in data])
-  stored_splits.save_splits(path, rows, data[0].examples)
-
-
 def _search(bench: "_Bench") -> list[Searched]:
   """Trains all cuts of both stages."""
   plan, config = bench.plan, bench.config
@@ -250,16 +222,16 @@ def _search(bench: "_Bench") -> list[Searched]:
 
   blocks = {method: plan.cuts(method) for method in plan.methods}
   train(blocks)
-  found = searched(blocks, "blocks")
+  search = searched(blocks, "blocks")
   if config.layer_step:
     layers = {
       method: plan.around(method, best.cut, config.layer_step)
       for method in plan.methods
-      if (best := bench.choose(found, method)) and method in plan.layerwise
+      if (best := bench.choose(search, method)) and method in plan.layerwise
     }
     train(layers)
-    found += searched(layers, "layers")
-  return found
+    search += searched(layers, "layers")
+  return search
 
 
 def _halve(
@@ -293,9 +265,9 @@ def _report(
   bench: "_Bench",
   search: Sequence[Searched],
   rows: Sequence[Row],
-  begun: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Reads the test split for the rows of the table, and says what was found."""
+  begun: results.Run,
+) -> results.Results:
+  """Reads the test split for the rows of the table, and fills results.json."""
   config = bench.config
   started = time.monotonic()
   rows = [
@@ -320,60 +292,46 @@ def _report(
     )
   of_auroc = next(row for row in table if row["chosen"])["test"]["auroc"]
   records = [of for (of,) in bench.kept.records("done.json").values()]
-  read, notes = _read(bench, unreadable)
-  summary = {
-    **_settings(bench),
-    **read,
-    "cut": bench.choose(search, "ttl").cut,
-    "taps": sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
-    "notes": [
-      *notes,
-      *bench.source.notes,
-      *trial.doubts(of_auroc["mean"], of_auroc["low"]),
-    ],
-    "search": searched,
-    "table": table,
-    "unfinished": {
+  summary = results.Truncate(
+    **_settings(bench, unreadable),
+    sentence="",
+    cut=bench.choose(search, "ttl").cut,
+    taps=sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
+    search=searched,
+    table=table,
+    unfinished={
       "trainings": len(records),
       "at_last_epoch": sum(r["best_epoch"] == config.epochs for r in records),
     },
-    "learning": [
-      {
-        "name": row.name,
-        "epochs": [bench.epochs(u) for u in row.units],
-      }
+    learning=[
+      {"name": row.name, "epochs": [bench.epochs(u) for u in row.units]}
       for row in compared
     ],
-    "exported": exported,
-    "confusion": evaluated["confusion"],
-    "reliability": evaluated["reliability"],
-    "temperature": evaluated["temperature"],
-    "curves": [
-      {"name": name, **one["curves"]} for name, one in evaluations.items()
-    ],
-    "failed": [
+    exported=exported,
+    confusion=results.confusion(evaluated),
+    reliability=results.reliability(evaluated),
+    temperature=evaluated.temperature,
+    curves=[{"name": name, **of.curves} for name, of in evaluations.items()],
+    failed=[
       {"unit": name, "reason": record["reason"]}
       for name, (record,) in bench.kept.records("failed.json").items()
     ],
-    "failures": len(unreadable),
-    "seconds": {
+    seconds={
       "training": sum(record["seconds"] for record in records),
       "evaluating": time.monotonic() - started,
     },
-    "run": begun,
-  }
-  return {
-    "job": "truncate",
-    "summary": {"sentence": sentences.of_truncate(summary), **summary},
-    "measurements": measurements,
-  }
+    run=begun,
+  )
+  summary["notes"] += sentences.of_guessing(of_auroc["mean"], of_auroc["low"])
+  summary["sentence"] = sentences.of_truncate(summary)
+  return {"job": "truncate", "summary": summary, "measurements": measurements}
 
 
-def _settings(bench: "_Bench") -> dict[str, Any]:
-  """Returns what the summary says of how it was done."""
+def _settings(bench: "_Bench", unreadable: Mapping[str, str]) -> dict[str, Any]:
+  """Returns what the summary says of how it was done, and on what."""
   config, plan, source = bench.config, bench.plan, bench.source
-  metric = tables.metric_name(config.metric)
-  units = "images" if bench.data[0].examples.groups is None else "groups"
+  metric = results.metric_name(config.metric)
+  units = "images" if bench.first.examples.groups is None else "groups"
   drawn = ", each fold's drawn on their own" if config.folds else ""
   halving = None
   if config.halving:
@@ -381,12 +339,13 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
       f"Successive halving, {config.halving} x: the worse half of each"
       " method's cuts was dropped before the last epoch."
     )
+  read = dataset.what_was_read(bench.divisions, unreadable)
   return {
     "rule": (
       f"Of the cuts whose mean validation {metric} is within"
       f" {config.tolerance:g} of the best, the shallowest; every training"
       " keeps its best epoch by validation"
-      f" {tables.metric_name(config.epoch_metric)}. The test"
+      f" {results.metric_name(config.epoch_metric)}. The test"
       " split was read once, after everything was chosen."
     ),
     "metric": config.metric,
@@ -395,8 +354,8 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
     "whole": plan.network + (f" up to {plan.until}" if plan.until else ""),
     "weights": source.label,
     "data": config.data.source,
-    "classes": bench.data[0].names,
-    "many_labels": config.many_labels,
+    "classes": bench.first.names,
+    "many_labels": bench.first.multilabel,
     "prevalence": config.prevalence or None,
     "image_size": config.data.image_size,
     "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),
@@ -409,38 +368,16 @@ def _settings(bench: "_Bench") -> dict[str, Any]:
     ),
     "normalisation": {"mean": list(source.mean), "std": list(source.std)},
     "weights_sha256": source.sha256,
+    "rows": read.rows,
+    "groups": read.groups,
+    "notes": [*read.notes, *source.notes],
+    "failures": len(unreadable),
   }
-
-
-def _read(
-  bench: "_Bench", unreadable: Mapping[str, str]
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns how many images and groups were read, and the notes on them."""
-  data = bench.data[0]
-  divisions = [one.rows for one in bench.divisions]
-  names = data.examples.names
-  read = [splitting.readable(rows, names, unreadable) for rows in divisions]
-  counted = read[0]
-  if bench.config.folds:
-    tested = np.concatenate([rows["test"] for rows in read])
-    counted = {"each tested once": tested}
-  groups = None
-  if data.examples.groups is not None:
-    groups = {s: len(set(data.groups_of(rows))) for s, rows in counted.items()}
-  notes = splitting.notes_of_read(
-    data.notes,
-    divisions,
-    read,
-    data.examples,
-    every_class=not bench.config.many_labels,
-  )
-  counts = {split: len(rows) for split, rows in counted.items()}
-  return {"rows": counts, "groups": groups}, notes
 
 
 def _searched(
   bench: "_Bench", search: Sequence[Searched]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[results.Searched], list[results.Row]]:
   """Returns what the summary holds of every cut, and its measurements."""
   config, plan = bench.config, bench.plan
   searched, measurements = [], []
@@ -454,7 +391,7 @@ def _searched(
     if one.stopped is None:
       tested = bench.tested(units, "val")
       interval = tested.scores[config.metric].interval
-      measurements += _rows_of(
+      measurements += results.score_rows(
         {
           "network": plan.network,
           "weights": bench.label(units[0]),
@@ -486,9 +423,9 @@ def _searched(
 
 def _table(
   bench: "_Bench", rows: Sequence[Row]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[results.Tested], list[results.Row]]:
   """Returns a line for every network that was tested, and its measurements."""
-  read = repeats.read_by_all(
+  read = evaluation.read_by_all(
     [(u.repeat, bench.outputs(u, "test")[0]) for row in rows for u in row.units]
   )
   tested = [bench.tested(row.units, "test", read) for row in rows]
@@ -515,13 +452,15 @@ def _table(
       "training_seconds": float(np.mean([r["seconds"] for r in records])),
       "epochs": float(np.mean([r["epoch"] for r in records])),
       "val": files.finite(float(np.mean(values))),
-      "test": {n: scoring.plain(s) for n, s in of_row.scores.items()},
-      "operating": of_row.points,
-      "missed": of_row.missed,
+      "test": {n: results.score(s) for n, s in of_row.scores.items()},
+      "operating": results.points(of_row.points),
+      "missed": results.missed(of_row.missed),
       "chance": of_row.chance,
       "tests": 1 if bench.config.folds else len(row.units),
       "chosen": row.chosen,
       "whole": of_row is references.get("ftl"),
+      "against_chosen": None,
+      "against_ftl": None,
     }
     base = {
       "network": bench.plan.network if row.cut else row.method,
@@ -531,47 +470,28 @@ def _table(
     }
     of_test = {**base, "split": "test", "n": of_row.images.distinct}
     for name, score in of_row.scores.items():
-      measurements += _rows_of(
+      measurements += results.score_rows(
         base | {"split": "test"}, name, score, of_row.images
       )
     for key, other in references.items():
-      line[f"against_{key}"] = None
       if other is not of_row:
         differences = {
           name: score.above(other.scores[name])
           for name, score in of_row.scores.items()
         }
         line[f"against_{key}"] = {
-          name: files.finite(of._asdict()) for name, of in differences.items()
+          name: results.difference(of) for name, of in differences.items()
         }
         measurements += [
-          tables.row(of_test, f"{name}:against_{key}", of.value, of[1:])
+          results.row(of_test, f"{name}:against_{key}", of.value, of[1:])
           for name, of in differences.items()
         ]
-    measurements += operating.rows(base, of_row.points, range(len(row.units)))
-    measurements += [tables.row(base, name, line[name]) for name in _COSTS]
+    measurements += results.point_rows(
+      base, line["operating"], range(len(row.units))
+    )
+    measurements += [results.row(base, name, line[name]) for name in _COSTS]
     table.append(line)
   return table, measurements
-
-
-def _rows_of(
-  base: Mapping[str, Any],
-  metric: str,
-  score: evaluation.Score,
-  images: repeats.Images,
-) -> list[dict[str, Any]]:
-  """Returns a row for the mean and one for each repeat."""
-  return [
-    tables.row(
-      {**base, "n": images.distinct}, metric, score.mean, score.interval
-    ),
-    *(
-      tables.row({**base, "seed": repeat, "n": count}, metric, value)
-      for repeat, (count, value) in enumerate(
-        zip(images.of_repeats, score.values, strict=True)
-      )
-    ),
-  ]
 
 
 def _number(value: float | None) -> float:
@@ -580,12 +500,12 @@ def _number(value: float | None) -> float:
 
 def _unreadable(bench: "_Bench") -> dict[str, str]:
   """Returns image -> why it could not be read, of all trainings."""
-  found = {}
+  reasons = {}
   for pattern in ("done.json", "*_failures.json"):
     for records in bench.kept.records(pattern).values():
       for record in records:
-        found |= record.get("failures", {})
-  return found
+        reasons |= record.get("failures", {})
+  return reasons
 
 
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
@@ -604,11 +524,11 @@ def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
 
 
 def _export(
-  bench: "_Bench", row: Row, evaluated: Mapping[str, Any]
-) -> dict[str, Any]:
+  bench: "_Bench", row: Row, evaluated: evaluation.Evaluation
+) -> results.Exported:
   """Writes the chosen cut's best network of all repeats, by validation."""
   best, value = bench.best(row)
-  data = bench.data[best.repeat]
+  data = bench.data(best)
   loading.export(
     bench.trained(best),
     bench.path / "export" / "model.safetensors",
@@ -618,7 +538,7 @@ def _export(
     "seed": best.repeat,
     "cut": best.cut,
     "val": files.finite(value),
-    "missed": evaluated["missed"],
+    "missed": results.missed(evaluated.missed),
   }
 
 
@@ -630,12 +550,12 @@ class _Bench:
     config: ml_collections.ConfigDict,
     plan: Plan,
     devices: parallel.Devices,
-    data: Sequence[trial.Data],
+    divisions: Sequence[dataset.Dataset],
     source: loading.Source,
     path: pathlib.Path,
   ):
     self.config, self.plan, self.devices = config, plan, devices
-    self.data, self.source, self.path = data, source, path
+    self.divisions, self.source, self.path = divisions, source, path
     self.kept = Units(path / "units")
     self.random = dataclasses.replace(
       loading.resolve_weights(plan.network, None),
@@ -649,9 +569,13 @@ class _Bench:
     return RANDOM if self.source.path is None else PRETRAINED
 
   @property
-  def divisions(self) -> Sequence[trial.Data]:
-    """The folds, or the one division that all seeds share."""
-    return self.data if self.config.folds else self.data[:1]
+  def first(self) -> dataset.Dataset:
+    """The first division, for what all have in common."""
+    return self.divisions[0]
+
+  def data(self, unit: Unit) -> dataset.Dataset:
+    """Returns a unit's fold, or the one division that all seeds share."""
+    return self.divisions[unit.repeat if self.config.folds else 0]
 
   @property
   def repeated(self) -> str:
@@ -732,7 +656,7 @@ class _Bench:
     """Returns the zoo's name of a unit's network, and how it is built."""
     config, whole = self.config, unit.cut == self.plan.whole
     settings = {
-      "num_classes": len(self.data[0].names),
+      "num_classes": len(self.first.names),
       "dtype": jnp.dtype(config.dtype),
       "flatten": (
         config.data.image_size if config.network.head == "flatten" else None
@@ -754,7 +678,7 @@ class _Bench:
       frozen = names.index(network.resolve(unit.cut)) + 1
     training = trial.Trial(
       self.config,
-      self.data[unit.repeat],
+      self.data(unit),
       network,
       self.devices,
       mean=self.source.mean,
@@ -807,7 +731,7 @@ class _Bench:
     value = record["val"][self.config.metric]
     print(
       f"{unit.name}: {len(epochs)} epochs,"
-      f" validation {self.config.metric} {_said(value)},"
+      f" validation {self.config.metric} {_three_decimals(value)},"
       f" {record['seconds']:.0f} s",
       flush=True,
     )
@@ -838,7 +762,7 @@ class _Bench:
     units: Sequence[Unit],
     split: str,
     only: Mapping[int, np.ndarray] | None = None,
-  ) -> repeats.Tested:
+  ) -> evaluation.Tested:
     """Measures what all repeats of a network are worth on a split.
 
     Args:
@@ -852,9 +776,17 @@ class _Bench:
       if only is not None:
         kept = np.isin(rows, only[unit.repeat])
         rows, logits = rows[kept], logits[kept]
-      outputs = {"val": self.outputs(unit, "val"), split: (rows, logits)}
-      measured.append((self.data[unit.repeat], outputs))
-    return repeats.measure(self.config, measured, split)
+      data = self.data(unit)
+      measured.append(data.outputs(self.config, rows, logits, resample=True))
+    disjoint = bool(self.config.folds)
+    if split == "val":
+      return evaluation.over_repeats(measured, disjoint=disjoint)
+    val = [
+      self.data(unit).outputs(self.config, *self.outputs(unit, "val"))
+      for unit in units
+    ]
+    thresholds = self.first.thresholds
+    return evaluation.over_repeats(measured, val, thresholds, disjoint=disjoint)
 
   def best(self, row: Row) -> tuple[Unit, float]:
     """Returns the best of a row's repeats, and its score, by validation."""
@@ -863,16 +795,14 @@ class _Bench:
     at = int(np.argmax(np.nan_to_num(values, nan=-np.inf)))
     return row.units[at], values[at]
 
-  def evaluated(self, row: Row) -> dict[str, Any]:
-    """Returns what `trial.evaluate` says of a row's best network."""
+  def evaluated(self, row: Row) -> evaluation.Evaluation:
+    """Measures a row's best network in all ways."""
     best, _ = self.best(row)
-    outputs = {split: self.outputs(best, split) for split in ("val", "test")}
-    return trial.evaluate(
-      self.training(best, self.network(best)),
-      self.data[best.repeat],
-      outputs,
-      self.config.resamples,
-      self.config.seed,
+    data, config = self.data(best), self.config
+    return evaluation.evaluate(
+      data.outputs(config, *self.outputs(best, "val")),
+      data.outputs(config, *self.outputs(best, "test"), resample=True),
+      data.thresholds,
     )
 
   def outputs(self, unit: Unit, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -901,5 +831,5 @@ def _save(
     np.savez(f, rows=rows, logits=logits)
 
 
-def _said(value: float | None) -> str:
+def _three_decimals(value: float | None) -> str:
   return "undefined" if value is None else f"{value:.3f}"

@@ -1,16 +1,17 @@
 """Classification metrics of labels and scores, for many resamples at once.
 
-Every metric has one signature, `metric(labels, scores, weights=None)`. Without
-weights it is a number. With weights (B, N), how often each row occurs in each
-of B resamples, it is B numbers, equal to what the metric gives on the rows
-physically repeated, but sorted once instead of B times.
+Metrics of scores have one signature, `metric(labels, scores, weights=None)`.
+Without weights it is a number. With weights (B, N), how often each row occurs
+in each of B resamples, it is B numbers, equal to what the metric gives on the
+rows physically repeated, but sorted once instead of B times.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 # Bytes of the float64 tables that one block of resamples may fill.
 _BLOCK_BYTES = 2**21
@@ -136,12 +137,53 @@ def auprc(
   return _one_vs_rest(labels, scores, weights, "AUPRC", _precisions)
 
 
-METRICS: Mapping[str, Callable[..., float | np.ndarray]] = {
-  "accuracy": accuracy,
-  "balanced_accuracy": balanced_accuracy,
-  "auroc": auroc,
-  "auprc": auprc,
-}
+def cross_entropy(
+  targets: npt.ArrayLike,
+  logits: npt.ArrayLike,
+  weights: npt.ArrayLike | None = None,
+  *,
+  class_weights: npt.ArrayLike,
+  multilabel: bool,
+) -> float | np.ndarray:
+  """Returns the loss that training makes small, without label smoothing.
+
+  Args:
+    targets: (N, C) 1, 0 or NaN where unknown; of classes that exclude each
+      other one is 1 in every row.
+    logits: (N, C) float, finite.
+    weights: (R, N), how often a row counts in each of R resamples, or None.
+    class_weights: (C,). One label: of a row of that class. Several: of a
+      positive against a negative.
+    multilabel: whether a row may have several labels.
+
+  Returns:
+    The weighted mean over the rows, or over their known labels; (R,) of the
+    resamples; NaN without any.
+
+  Source: torch.nn.CrossEntropyLoss(weight) and
+    torch.nn.BCEWithLogitsLoss(pos_weight).
+  """
+  # A row's loss is what float32 holds of it, as in training: of two epochs
+  # that are sure of every row neither is better.
+  logits, targets, class_weights = (
+    np.asarray(of, np.float32) for of in (logits, targets, class_weights)
+  )
+  known = ~np.isnan(targets)
+  targets = np.where(known, targets, 0)
+  if multilabel:
+    losses = -(
+      class_weights * targets * special.log_expit(logits)
+      + (1 - targets) * special.log_expit(-logits)
+    )
+    sums, counts = (known * losses).sum(1), known.sum(1)
+  else:
+    sums = -(class_weights * targets * special.log_softmax(logits, 1)).sum(1)
+    counts = (class_weights * targets).sum(1)
+  sums, counts = sums.astype(np.float64), counts.astype(np.float64)
+  if weights is None:
+    return float(_ratio(sums.sum(), counts.sum()))
+  weights = np.asarray(weights)
+  return _ratio(weights @ sums, weights @ counts)
 
 
 def _one_vs_rest(

@@ -20,7 +20,7 @@ import optax
 import scipy.special
 import threadpoolctl
 
-from jaxtransfer.measure import classification, hinge
+from jaxtransfer.measure import hinge, metrics
 
 KINDS = ("logistic", "linear_svm", "knn", "nearest_mean")
 
@@ -110,7 +110,7 @@ def fit_probe(
     test_features: (R, Nt, D) float.
     strengths: the grid; of equally good ones the smallest is taken. Not used
       by `knn` and `nearest_mean`, which have none.
-    metric: the name in `classification.METRICS` that chooses.
+    metric: the name in `metrics.OF_SCORES` that chooses.
     num_classes: C; None takes the largest label of training and validation.
 
   Returns:
@@ -127,8 +127,8 @@ def fit_probe(
   """
   if kind not in KINDS:
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-  if metric not in classification.METRICS:
-    known = ", ".join(classification.METRICS)
+  if metric not in metrics.OF_SCORES:
+    known = ", ".join(metrics.OF_SCORES)
     raise ValueError(f"metric must be one of {known}, got {metric!r}")
   train, y, val, y_val, test, classes = _checked(
     train_features,
@@ -145,7 +145,7 @@ def fit_probe(
       not strengths.size or not ((strengths > 0) & np.isfinite(strengths)).all()
     ):
       raise ValueError("strengths must be positive numbers, one at least")
-    score = classification.METRICS[metric]
+    score = metrics.METRICS[metric].function
 
     def scores_of(logits: np.ndarray) -> np.ndarray:
       if kind == "logistic":

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from jaxtransfer import results
 from jaxtransfer.report import figures, fonts, operating, tables
 from jaxtransfer.report.markup import Content, Html, Picture, Section
 from jaxtransfer.report.tables import Measurements
@@ -80,7 +81,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
     figure = drawn[name]
     return figure and Picture(name, figure, title, caption)
 
-  metric = tables.metric_name(summary.get("metric"))
+  metric = results.metric_name(summary.get("metric"))
   sections = [
     Section("How good it is", [_metric_table(summary, measurements)]),
     Section(
@@ -158,7 +159,7 @@ def training(summary: Mapping[str, Any]) -> Figure | None:
       ("balanced_accuracy", figures.GREEN),
     ):
       scores.plot(
-        x, of(name), color=colour, label=tables.METRICS[name], **shown
+        x, of(name), color=colour, label=results.METRIC_WORDS[name], **shown
       )
     scores.set_ylabel("validation score")
     scores.set_xlabel("epoch")
@@ -346,7 +347,7 @@ def _metric_table(
   summary: Mapping[str, Any], measurements: Measurements
 ) -> Html:
   rows = []
-  for name, word in tables.METRICS.items():
+  for name, word in results.METRIC_WORDS.items():
     cells = [
       _cell(measurements, split, metric)
       for split, metric in (
@@ -372,7 +373,7 @@ def _class_table(
   rows = [
     [
       str(name),
-      *(_cell(measurements, "test", f"{m}:{name}") for m in ("auroc", "auprc")),
+      *(_cell(measurements, "test", f"{m}:{name}") for m in results.BY_CLASS),
     ]
     for name in classes
   ]
@@ -381,7 +382,7 @@ def _class_table(
     return None
   return tables.table(
     "Every class against the rest, on the test split.",
-    ["class", "AUROC", "AUPRC"],
+    ["class", *map(results.metric_name, results.BY_CLASS)],
     rows,
   )
 

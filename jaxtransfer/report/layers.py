@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxtransfer import results
 from jaxtransfer.report import figures, tables
 from jaxtransfer.report.figures import Mark
 from jaxtransfer.report.markup import Content, Html, Picture, Section, join, tag
@@ -458,7 +459,7 @@ def _times(value: float, full: float) -> str:
 
 
 def _metric(summary: Mapping[str, Any]) -> str:
-  return tables.metric_name(summary.get("metric"))
+  return results.metric_name(summary.get("metric"))
 
 
 def _probe(name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Sensitivity and specificity at thresholds: their rows and their table."""
+"""Sensitivity and specificity at thresholds: their table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,34 +12,6 @@ _QUANTITIES = {
   "ppv": "positive predictive value",
   "npv": "negative predictive value",
 }
-
-
-def rows(
-  base: Mapping[str, Any],
-  points: Sequence[Mapping[str, Any]],
-  seeds: Sequence[int],
-) -> list[dict[str, Any]]:
-  """Returns the rows of results.json that say what happens at thresholds.
-
-  Args:
-    base: what is said of the network in the other columns.
-    points: as the summary holds them.
-    seeds: of each repeat, whose thresholds are rows of their own.
-  """
-  found = []
-  for point in points:
-    of = f"@{point['rule']}:{point['class']}"
-    counts = dict(zip(_QUANTITIES, point["images"], strict=False))
-    for seed, threshold in zip(seeds, point["thresholds"], strict=True):
-      chosen = {**base, "split": "val", "n": None, "seed": seed}
-      value = tables.finite(threshold)
-      found.append(tables.row(chosen, f"threshold{of}", value))
-    for name, score in point["test"].items():
-      said = {**base, "split": "test"}
-      said["n"] = counts.get(name, sum(point["images"]))
-      numbers = [tables.finite(score[key]) for key in ("mean", "low", "high")]
-      found.append(tables.row(said, name + of, numbers[0], numbers[1:]))
-  return found
 
 
 def table(

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtransfer import results
 from jaxtransfer.report import tables
 from jaxtransfer.report.tables import Measurements
 
@@ -30,7 +31,7 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
     Two to six short sentences.
   """
   taps, cut, metric = summary["taps"], summary["cut"], summary["metric"]
-  word = tables.metric_name(metric)
+  word = results.metric_name(metric)
 
   def of(tap: str, kind: str = "", weights: str = summary["weights"]) -> Row:
     series = measurements.series(
@@ -194,6 +195,23 @@ def of_finetune(
   return _with_doubts([text], "Do not rely on it", doubts, late)
 
 
+def of_guessing(auroc: float | None, low: float | None) -> list[str]:
+  """Returns a note where a network cannot be told from guessing, for the page.
+
+  Args:
+    auroc: of the test split; None where undefined.
+    low: end of its interval; None without one.
+  """
+  least = auroc if low is None else low
+  if least is None or least > 0.5:
+    return []
+  what = "is" if low is None else "has an interval that reaches down to"
+  return [
+    f"The test AUROC {what} {least:.3f}: on these images the network cannot be"
+    " told from guessing."
+  ]
+
+
 def unfinished(of: Mapping[str, int]) -> str | None:
   """Says that trainings were still getting better when they had to end.
 
@@ -336,7 +354,7 @@ def _score(row: Row, metric: str, *, bare: bool = False) -> str:
 
 def _number(of: Row, key: str, metric: str, *, bare: bool = False) -> str:
   """Returns a number with its interval and, unless bare, its metric's name."""
-  word = tables.metric_name(metric)
+  word = results.metric_name(metric)
   if of[key] is None:
     return f"an undefined {word}"
   text = f"{of[key]:.3f}"

@@ -7,60 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtransfer import files
+from jaxtransfer import files, results
 from jaxtransfer.report.markup import Html, join, tag
 
-COLUMNS = (
-  "network",
-  "weights",
-  "tap",
-  "probe",
-  "metric",
-  "split",
-  "value",
-  "low",
-  "high",
-  "n",
-  "seed",
-)
-METRICS = {
-  "accuracy": "accuracy",
-  "balanced_accuracy": "balanced accuracy",
-  "auroc": "AUROC",
-  "auprc": "AUPRC",
-  "loss": "loss",
-  "ece": "calibration error",
-  "brier": "Brier score",
-}
 ABSENT = "–"
 _LONGEST_NAME = 80
-
-
-def row(
-  base: Mapping[str, Any],
-  metric: str,
-  value: float,
-  interval: Sequence[float] | None = None,
-) -> dict[str, Any]:
-  """Returns one row of `measurements` in results.json.
-
-  Args:
-    base: what is said of it in the other `COLUMNS`; null where nothing is.
-    metric: what was measured.
-    value: NaN where it is not defined.
-    interval: its ends.
-  """
-  low, high = (None, None) if interval is None else interval
-  numbers = {"value": value, "low": low, "high": high}
-  return {
-    **dict.fromkeys(COLUMNS),
-    **base,
-    "metric": metric,
-    **{
-      name: None if number is None else files.finite(float(number))
-      for name, number in numbers.items()
-    },
-  }
 
 
 class Series(NamedTuple):
@@ -191,13 +142,13 @@ def write_results_csv(
     rows: the measurements; a key that is missing or null is an empty field, and
       so is a number that is not finite.
   """
-  files.write_csv(path, COLUMNS, map(_fields, rows))
+  files.write_csv(path, results.COLUMNS, map(_fields, rows))
 
 
 def _fields(row: Mapping[str, Any]) -> list[Any]:
   return [
     "" if value is None or _not_finite(value) else value
-    for value in (row.get(key) for key in COLUMNS)
+    for value in (row.get(key) for key in results.COLUMNS)
   ]
 
 
@@ -285,16 +236,6 @@ def rate(value: float) -> str:
     value: 1/s; NaN becomes a dash.
   """
   return f"{value:,.0f}" if value >= 100 else quantity(value)
-
-
-def metric_name(name: Any) -> str:
-  """Returns how a metric is called in words.
-
-  Args:
-    name: as a config or a row has it.
-  """
-  name = str(name or "score")
-  return METRICS.get(name, name.replace("_", " "))
 
 
 def _three_digits(value: float, trim: bool = False) -> str:
@@ -390,7 +331,7 @@ def measurement_list(rows: Sequence[Mapping[str, Any]], most: int) -> Html:
   return tag(
     "details",
     tag("summary", f"All {len(rows):,} measurements"),
-    table("One row each, as in results.csv.", COLUMNS, cells),
+    table("One row each, as in results.csv.", results.COLUMNS, cells),
   )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxtransfer import results
 from jaxtransfer.report import figures, finetune, operating, tables
 from jaxtransfer.report.figures import Mark
 from jaxtransfer.report.markup import Content, Html, Picture, Section, join, tag
@@ -670,4 +671,4 @@ def _tested(row: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
 
 
 def _metric(summary: Mapping[str, Any]) -> str:
-  return tables.metric_name(summary.get("metric"))
+  return results.metric_name(summary.get("metric"))

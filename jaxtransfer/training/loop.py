@@ -17,11 +17,10 @@ import tqdm
 
 from jaxtransfer import errors, files, parallel, signals
 from jaxtransfer.data import pipeline
+from jaxtransfer.measure.metrics import METRICS
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import checkpoints, optimisers, steps
 
-# Metrics of which less is better.
-LOWER = ("loss", "ece", "brier")
 # Steps given to the devices before one of them has ended: the devices never
 # wait, and images do not pile up in their memory.
 _AHEAD = 2
@@ -419,7 +418,7 @@ def _goodness(scores: Mapping[str, float], metric: str) -> float:
   value = scores[metric]
   if value is None or not math.isfinite(value):
     return -math.inf
-  return -value if metric in LOWER else value
+  return value if METRICS[metric].higher else -value
 
 
 def _val_losses(records: Sequence[Record]) -> list[float]:

@@ -18,6 +18,7 @@ from jaxtransfer.data import images, pipeline, preprocess, sources
 from jaxtransfer.jobs import finetune
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.weights import loading
+from tests import typed
 from tests.jobs import configs
 from tests.weights import torchzip
 
@@ -233,6 +234,7 @@ def test_what_a_run_leaves(finished):
   """Every file that the design promises, and numbers that are numbers."""
   results = json.loads((finished / "results.json").read_text())
   rows = {(row["split"], row["metric"]): row for row in results["measurements"]}
+  typed.check_results(results)
   assert rows["test", "auroc"]["low"] <= rows["test", "auroc"]["value"]
   assert rows["test", "auroc"]["value"] <= rows["test", "auroc"]["high"]
   for name in ("ece", "brier", "loss", "accuracy", "auprc", "auroc:class 1"):
@@ -376,6 +378,7 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
   )
   assert _run(config, tmp_path / "run") == 0
   results = json.loads((tmp_path / "run" / "results.json").read_text())
+  typed.check_results(results)
   found = {
     row["metric"]: row
     for row in results["measurements"]

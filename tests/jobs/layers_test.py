@@ -13,6 +13,7 @@ from jaxtransfer import errors, workdir
 from jaxtransfer.jobs import layers
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.weights import loading
+from tests import typed
 from tests.jobs import configs
 
 TAPS = ("stem", "layer1.0", "layer1.1")
@@ -84,6 +85,7 @@ def test_it_leaves_what_the_design_names(finished):
   for name in ("config.json", "metrics.jsonl", "report.html", "splits.json"):
     assert (finished / name).stat().st_size > 0
   assert configs.check_json(finished) == 5
+  typed.check_results(_results(finished))
   with open(finished / "results.csv") as f:
     rows = list(csv.DictReader(f))
   assert len(rows) == len(_results(finished)["measurements"])

@@ -18,9 +18,10 @@ from jaxtransfer import errors, workdir
 from jaxtransfer.data import images as imaging
 from jaxtransfer.data import preprocess, sources
 from jaxtransfer.jobs import truncate
-from jaxtransfer.measure import bootstrap, classification
+from jaxtransfer.measure import bootstrap, metrics
 from jaxtransfer.networks import zoo
 from jaxtransfer.weights import loading
+from tests import typed
 from tests.jobs import configs
 
 CHANGES = {
@@ -112,6 +113,7 @@ def test_what_a_run_leaves(finished):
   } <= names
   assert configs.check_json(finished) > 20
   results = _results(finished)
+  typed.check_results(results)
   methods = {row["method"] for row in results["summary"]["table"]}
   assert "lwft" in methods and "ttl" in methods
   for row in results["summary"]["table"]:
@@ -142,7 +144,8 @@ def _resampled(path, source, units, metric="auroc", folds=False):
     seed = (0, repeat) if folds else 0
     weights = bootstrap.resample_weights(labels, groups, 20, seed)
     scores = special.softmax(logits, axis=1)
-    found.append(classification.METRICS[metric](labels, scores, weights))
+    score = metrics.METRICS[metric].function
+    found.append(score(labels, scores, weights))
   return np.mean(found, axis=0)
 
 
@@ -320,6 +323,7 @@ def test_every_image_is_tested_once_by_folds(source, tmp_path):
   config = _config(source, folds=3, methods="ttl", taps="block1")
   assert _run(config, path) == 0
   results = _results(path)
+  typed.check_results(results)
   assert results["summary"]["repeats"] == "3 folds"
   assert results["summary"]["rows"] == {"each tested once": 80}
   rows = [

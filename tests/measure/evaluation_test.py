@@ -61,5 +61,5 @@ def test_classes_without_images_are_not_missed():
 def test_guessing():
   """Whoever calls everything the same finds one class of those there are."""
   targets = np.eye(4)[[0, 1, 1, 3]]
-  assert evaluation.chance(targets, many=False) == pytest.approx(1 / 3)
-  assert evaluation.chance(targets, many=True) == 0.5
+  assert evaluation.chance(targets, multilabel=False) == pytest.approx(1 / 3)
+  assert evaluation.chance(targets, multilabel=True) == 0.5

@@ -9,7 +9,7 @@ import sklearn.neighbors
 import sklearn.preprocessing
 import sklearn.svm
 
-from jaxtransfer.measure import classification, probes
+from jaxtransfer.measure import classification, metrics, probes
 
 ROWS, QUERIES = 250, 3000
 
@@ -317,7 +317,7 @@ def test_metric_decides():
     for metric in ("accuracy", "balanced_accuracy")
   }
   for metric, result in chosen.items():
-    of = classification.METRICS[metric]
+    of = metrics.METRICS[metric].function
     other = chosen[
       "accuracy" if metric == "balanced_accuracy" else "balanced_accuracy"
     ]

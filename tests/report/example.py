@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from jaxtransfer import results as results_types
+
 RESNET18 = [
   "stem",
   "layer1.0",
@@ -119,6 +121,7 @@ def results(
       ),
       "cut": taps[cut],
       "best": taps[best],
+      "random_best": taps[best],
       "metric": "auroc",
       "probe": "logistic",
       "tolerance": 0.02,
@@ -136,6 +139,8 @@ def results(
         "mean": [0.4914, 0.4822, 0.4465],
         "std": [0.247, 0.2435, 0.2616],
       },
+      "weights_sha256": "0" * 64,
+      "sum_over_whole": {},
       "seconds": {"extracting": 184.2, "probing": 41.0, "cost": 12.34},
       "run": {
         "command": (
@@ -180,6 +185,9 @@ def epochs(count, best=0.9, seed=0):
       {
         "event": "epoch",
         "epoch": epoch,
+        "step": 40 * epoch,
+        "accuracy": 0.9 - 0.3 * left,
+        "timing": {"training_seconds": 11.0, "validation_seconds": 2.0},
         "loss": 0.2 + left + noise[0],
         "val": {
           "loss": 1.2 - best + 0.9 * left + noise[1],
@@ -308,7 +316,14 @@ def truncate_results(
             ("auroc", "auprc", "accuracy", "balanced_accuracy")
           )
         },
+        "operating": [],
+        "missed": [],
+        "chance": 1 / len(classes),
+        "tests": seeds,
         "chosen": name == "TTL-2" and weights == "pretrained",
+        "whole": name == "FTL" and weights == "pretrained",
+        "against_chosen": None,
+        "against_ftl": None,
       }
     )
 
@@ -334,7 +349,7 @@ def truncate_results(
     for name, best in (("TTL-2", 0.87), ("FTL", 0.85))
   ]
   base["job"] = "truncate"
-  for key in ("best", "probe", "seeds"):
+  for key in ("best", "random_best", "probe", "seeds", "sum_over_whole"):
     base["summary"].pop(key)
   base["summary"] |= {
     "sentence": (
@@ -347,15 +362,19 @@ def truncate_results(
       " layers around the best block; the test split was read once."
     ),
     "classes": list(classes),
+    "many_labels": False,
+    "prevalence": None,
+    "unfinished": {"trainings": 3 * len(searched), "at_last_epoch": 0},
+    "whole": "resnet50",
+    "cost_batch_size": 32,
     "epoch_metric": "loss",
     "repeats": f"{seeds} seeds",
     "halving": None,
     "image_size": 224,
-    "weights_sha256": "0" * 64,
     "search": searched,
     "table": rows,
     "learning": learning,
-    "exported": {"seed": 1},
+    "exported": {"seed": 1, "cut": taps[cut], "val": 0.87, "missed": []},
     **exported,
     "curves": [first, whole],
     "failed": [],
@@ -384,15 +403,25 @@ def finetune_results(classes=("negative", "positive"), **summary):
   """Returns a whole results.json of the `finetune` job."""
   base = results(["layer3"], cut=0, best=0, seeds=0, probes=(), cost=False)
   rows = [
-    {"split": split, "metric": metric, "value": value, "low": 0.7, "high": 0.95}
+    results_types.row({"split": split, "n": 900}, metric, value, (0.7, 0.95))
     for split in ("val", "test")
     for metric, value in (("accuracy", 0.81), ("auroc", 0.9), ("loss", 0.4))
   ]
   base["job"] = "finetune"
-  base["summary"].pop("seeds")
+  gone = "best random_best probe seeds tolerance sum_over_whole"
+  for key in gone.split():
+    base["summary"].pop(key)
   base["measurements"] = rows
   base["summary"] |= {
     "classes": list(classes),
+    "many_labels": False,
+    "prevalence": None,
+    "head": "gap",
+    "trained_layers": ["layer3"],
+    "unfinished": {"trainings": 1, "at_last_epoch": 0},
+    "missed": [],
+    "chance": 1 / len(classes),
+    "operating": [],
     "metric": "loss",
     "best_epoch": 12,
     "epochs": epochs(18),

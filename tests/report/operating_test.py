@@ -3,7 +3,8 @@
 import html
 import re
 
-from jaxtransfer.report import operating, page, tables
+from jaxtransfer import results
+from jaxtransfer.report import operating, page
 from tests.report import example
 
 
@@ -28,8 +29,8 @@ def _text(table):
 def test_rows_hold_every_number_with_the_images_it_is_of():
   point = _point(thresholds=[0.41, None])
   point["test"]["ppv"] = point["test"]["sensitivity"]
-  rows = operating.rows({"probe": "ttl"}, [point], [0, 1])
-  assert all(set(row) == set(tables.COLUMNS) for row in rows)
+  rows = results.point_rows({"probe": "ttl"}, [point], [0, 1])
+  assert all(set(row) == set(results.COLUMNS) for row in rows)
   found = {(row["metric"], row["split"], row["seed"]): row for row in rows}
   sensitivity = found["sensitivity@youden:yes", "test", None]
   assert (sensitivity["value"], sensitivity["low"]) == (0.9, 0.8)

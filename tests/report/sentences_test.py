@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from jaxtransfer import results
 from jaxtransfer.report import sentences, tables
 
 
@@ -240,17 +241,17 @@ def _of_layers(
   rows = []
   for i, tap in enumerate(TAPS):
     of_tap = main | {"tap": tap}
-    rows.append(tables.row(of_tap, "auroc", 0.8, (0.75, 0.85)))
+    rows.append(results.row(of_tap, "auroc", 0.8, (0.75, 0.85)))
     rows.append(
-      tables.row(of_tap | {"weights": "random"}, "auroc", 0.7, (0.6, 0.8))
+      results.row(of_tap | {"weights": "random"}, "auroc", 0.7, (0.6, 0.8))
     )
-    rows.append(tables.row(of_tap, "auroc:gain", 0.1, (0.05, 0.15)))
-    rows.append(tables.row(of_tap, "auroc:over_random", over[0], over[1:]))
+    rows.append(results.row(of_tap, "auroc:gain", 0.1, (0.05, 0.15)))
+    rows.append(results.row(of_tap, "auroc:over_random", over[0], over[1:]))
     found = (against or {}).get(tap, worse)
-    rows.append(tables.row(of_tap, "auroc:against_cut", found[0], found[1:]))
+    rows.append(results.row(of_tap, "auroc:against_cut", found[0], found[1:]))
     cost = {"tap": tap, "weights": "imagenet"}
-    rows.append(tables.row(cost, "params", 10.0 ** (i + 3)))
-    rows.append(tables.row(cost, "images_per_second", 100 / (i + 1)))
+    rows.append(results.row(cost, "params", 10.0 ** (i + 3)))
+    rows.append(results.row(cost, "images_per_second", 100 / (i + 1)))
   return sentences.of_layers(summary, tables.Measurements(rows))
 
 
@@ -299,3 +300,18 @@ def test_an_undefined_score_is_no_proof():
   said = _of_layers(over=nothing, against=dict.fromkeys(TAPS, nothing))
   assert "undefined" in said and "nan" not in said
   assert said.startswith("Pretraining is not shown to help")
+
+
+@pytest.mark.parametrize(
+  "value, low, said",
+  [
+    (0.81, 0.7, None),
+    (0.61, 0.48, "reaches down to 0.480"),
+    (0.44, None, "is 0.440"),
+    (None, None, None),  # one class in the test split
+  ],
+)
+def test_what_guessing_could_have_scored_is_noted(value, low, said):
+  notes = sentences.of_guessing(value, low)
+  assert len(notes) == (said is not None)
+  assert said is None or said in notes[0]

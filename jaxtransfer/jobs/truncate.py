@@ -158,8 +158,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   blocks = zoo.select_taps(name, config.taps, until)
   if config.taps == "blocks":
     # As Peng et al. cut: after a ResNet's stages and a DenseNet's transitions.
-    ends = ("layer", "transition", "norm", "block")
-    blocks = tuple(tap for tap in blocks if tap.startswith(ends))
+    blocks = zoo.family(name).select_ends(blocks)
   whole = zoo.build(name, until=until)
   layers = whole.layer_names
   if not blocks or whole.resolve(blocks[-1]) != layers[-1]:
@@ -177,7 +176,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
       f" cut there is none before it; use --config.methods={left}, or other"
       " config.taps"
     )
-  small = tuple(n for n in zoo.list_models() if zoo.family(n) == "cbr")
+  small = tuple(n for n in zoo.list_models() if zoo.family(n).small)
   return Plan(
     network=name,
     until=until,

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
+from jaxtransfer.networks.family import Family
 from jaxtransfer.networks.layers import bare, widened
 
 
@@ -16,7 +17,7 @@ class Network(nnx.Module):
 
   Args:
     name: the zoo's name.
-    family: whose names and initialiser hold ("resnet", "densenet", "cbr").
+    family: whose names and initialiser hold.
     layers: (layer name, module) in order, already cut. A module maps
       (x_NHWC, train) to the next x_NHWC, which may be `Measured`, knows its
       output's `channels`, and `macs(size)` gives its multiply-accumulates for
@@ -34,7 +35,7 @@ class Network(nnx.Module):
   def __init__(
     self,
     name: str,
-    family: str,
+    family: Family,
     layers: Sequence[tuple[str, nnx.Module]],
     aliases: Mapping[str, str],
     relu: bool,

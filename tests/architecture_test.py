@@ -18,6 +18,7 @@ ALLOWED = {
     "data",
     "errors",
     "files",
+    "inference",
     "measure",
     "networks",
     "parallel",

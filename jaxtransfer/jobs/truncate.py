@@ -28,6 +28,7 @@ from jaxtransfer import (
   errors,
   files,
   hosts,
+  inference,
   parallel,
 )
 from jaxtransfer import workdir as workdirs
@@ -46,16 +47,15 @@ from jaxtransfer.measure import (
   classification,
   evaluation,
 )
-from jaxtransfer.networks import tensors, zoo
+from jaxtransfer.networks import functional, tensors, zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import operating, page, sentences, tables
 from jaxtransfer.training import (
-  costs,
+  images,
   loop,
   optimisers,
   repeats,
   scoring,
-  steps,
   trial,
 )
 from jaxtransfer.units import Units
@@ -92,7 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   """
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
-  trial.check(config, devices)
+  images.check(config, devices)
   data = _open(config, plan, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
@@ -590,7 +590,7 @@ def _unreadable(bench: "_Bench") -> dict[str, str]:
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
   config = bench.config
   print(f"timing {len(rows)} networks", flush=True)
-  return costs.measure(
+  return inference.measure_speeds(
     [bench.network(row.units[0]) for row in rows],
     bench.devices,
     parallel.Devices(config.parallel, bench.devices.devices[:1]),
@@ -745,13 +745,13 @@ class _Bench:
       settings["slim_after"] = unit.cut
     return self.plan.network, settings
 
-  def training(self, unit: Unit, network: Network) -> trial.Trial:
+  def training(self, unit: Unit, network: Network) -> images.ImageTask:
     """Returns a unit's training."""
     names = network.layer_names
     frozen = {"fat": len(names)}.get(unit.method, 0)
     if unit.method == "lwft":
       frozen = names.index(network.resolve(unit.cut)) + 1
-    training = trial.Trial(
+    training = images.ImageTask(
       self.config,
       self.data[unit.repeat],
       network,
@@ -778,7 +778,14 @@ class _Bench:
     network = self.network(unit)
     training = self.training(unit, network)
     try:
-      fitted = training.fit(directory, journal, stop_after)
+      fitted = loop.fit(
+        training,
+        training.settings,
+        devices=self.devices,
+        directory=directory,
+        journal=journal,
+        stop_after=stop_after,
+      )
     except (errors.DivergedError, jax.errors.JaxRuntimeError) as e:
       if "RESOURCE_EXHAUSTED" not in str(e) and not isinstance(
         e, errors.DivergedError
@@ -813,8 +820,8 @@ class _Bench:
     if not fitted.ended:
       files.write_json(directory / "paused.json", record)
       return
-    graph, _, _ = steps.take_apart(network)
-    best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
+    graph, _, _ = functional.split(network)
+    best = functional.merge(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
     loading.export(best, directory / "model.safetensors", self.source.card())
     _save(directory / "val.npz", training.predict(fitted.numbers, ["val"]))
     files.write_json(directory / "done.json", record)
@@ -880,8 +887,8 @@ class _Bench:
     if not path.exists():
       network = self.trained(unit)
       training = self.training(unit, network)
-      _, params, statistics = steps.take_apart(network)
-      predicted = training.predict((params, statistics), [split])
+      _, *numbers = functional.split(network)
+      predicted = training.predict(tuple(numbers), [split])
       # The outputs last: once they are there, nothing is read again.
       files.write_json(
         path.with_name(f"{split}_failures.json"),

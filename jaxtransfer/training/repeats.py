@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from jaxtransfer.measure import calibration, classification, evaluation
-from jaxtransfer.training import scoring, trial
+from jaxtransfer.training import images, scoring, trial
 
 Outputs = tuple[np.ndarray, np.ndarray]
 
@@ -62,7 +62,7 @@ def measure(
   """
   values, again, points, tested = [], [], [], []
   for data, outputs in repeats:
-    loss, names = trial.make_loss(config, data), data.names
+    loss, names = images.make_loss(config, data), data.names
     labelled = {
       name: (data.examples.labels[rows], logits)
       for name, (rows, logits) in outputs.items()

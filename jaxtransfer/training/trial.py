@@ -1,30 +1,26 @@
-"""One training as a config describes it: what all jobs that train share.
-
-A `Trial` binds a network to images, a division of them and a recipe; it is
-trained, judged on validation, and read on the test split when it is asked to.
-"""
+"""The data of a training, and what its outputs are worth."""
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
 from scipy import special
 
-from jaxtransfer import errors, files, parallel
+from jaxtransfer import errors, files
 from jaxtransfer.data import images as imaging
 from jaxtransfer.data import labels as labelling
-from jaxtransfer.data import pipeline, sources
+from jaxtransfer.data import sources
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, calibration, curves, evaluation
-from jaxtransfer.networks.network import Network
-from jaxtransfer.training import augment, loop, optimisers, scoring, steps
+from jaxtransfer.training import loop, scoring
 
-HEADS = ("gap", "flatten")
-CLASS_WEIGHTS = ("none", "balanced")
+if TYPE_CHECKING:
+  from jaxtransfer.training import images
+
 # A larger table of confusions is no longer one that somebody reads.
 _MOST_CONFUSED = 50
 
@@ -157,274 +153,8 @@ def open_labelled(
   return examples, names, targets
 
 
-class Trial:
-  """A network, what it is trained on, and how.
-
-  Args:
-    config: the whole config; of it the keys of `configuration.training`.
-    data: the images and their division.
-    network: as training begins; it is not changed.
-    devices: where.
-    mean: of each channel, in [0, 1].
-    std: of each channel, in [0, 1].
-    seed: decides the order of the images and what is random in the steps.
-    metric: of validation, by which the epoch is chosen.
-    frozen: how many of the network's first layers are not trained.
-    backbone: learning rate of all but the head, as a share of the head's; the
-      config's by default.
-
-  Attributes:
-    config: as given.
-    loss: what is made small.
-    steps: of the whole training.
-    failures: image -> why it could not be read, of all splits read so far.
-
-  Raises:
-    UsageError: a key of the config is out of range.
-  """
-
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    data: Data,
-    network: Network,
-    devices: parallel.Devices,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    seed: int,
-    metric: str,
-    frozen: int = 0,
-    backbone: float | None = None,
-  ):
-    self.config = config
-    self._data = data
-    self._network = network
-    self._devices = devices
-    self._mean, self._std = mean, std
-    self._seed = seed
-    self.failures: dict[str, str] = {}
-    check(config, devices)
-    self._train = pipeline.Batches(
-      data.examples,
-      data.rows["train"],
-      image_size=config.data.image_size,
-      batch_size=config.batch_size,
-      workers=config.data.workers,
-      shuffle_seed=seed,
-      epochs=config.epochs,
-      drop_last=True,
-      shard=devices.shard,
-    )
-    self.steps = len(self._train)
-    self.loss = make_loss(config, data)
-    self._schedule = optimisers.Schedule(**config.schedule)
-    optimiser = optimisers.Optimiser(**config.optimiser)
-    if backbone is not None:
-      optimiser = dataclasses.replace(optimiser, backbone=backbone)
-    self._recipe = steps.Recipe(
-      loss=self.loss,
-      optimiser=optimiser,
-      schedule=self._schedule.multiplier(
-        self.steps, self.steps // config.epochs
-      ),
-      augmentation=augment.Augmentation(**config.augment),
-      mean=mean,
-      std=std,
-      frozen=frozen,
-      batch_norm=config.batch_norm,
-      accumulate=config.accumulate,
-      average=config.average,
-    )
-    self._settings = loop.Settings(
-      epochs=config.epochs,
-      metric=metric,
-      log_steps=config.log_steps,
-      checkpoint_steps=config.checkpoint_steps,
-      checkpoints=config.checkpoints,
-      images=len(data.rows["train"]),
-      max_failures=config.data.max_failures,
-      patience=config.patience,
-    )
-
-  @property
-  def trained_params(self) -> int:
-    """How many numbers the training may change."""
-    state = steps.first_state(self._network, self._recipe, self._seed)
-    return sum(value.size for value in state.params.values())
-
-  def fit(
-    self,
-    directory: pathlib.Path,
-    journal: loop.Journal,
-    stop_after: int | None = None,
-  ) -> loop.Fitted:
-    """Trains; the same call after any stop goes on where it was.
-
-    Args:
-      directory: for `checkpoints/`.
-      journal: takes the lines of metrics.jsonl.
-      stop_after: as `loop.fit` takes it.
-
-    Raises:
-      RunError, SystemExit: as `loop.fit` raises them.
-    """
-    fitted = loop.fit(
-      self._network,
-      self._recipe,
-      self._schedule,
-      self._settings,
-      train=self._train,
-      validate=lambda: self._batches("val"),
-      score=self._score,
-      devices=self._devices,
-      directory=directory,
-      journal=journal,
-      seed=self._seed,
-      stop_after=stop_after,
-    )
-    self.failures |= dict(fitted.failures)
-    return fitted
-
-  def predict(
-    self, numbers: loop.Numbers, splits: Sequence[str]
-  ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns split -> (N,) rows that could be read and (N, C) logits.
-
-    Args:
-      numbers: parameters and statistics.
-      splits: which to read.
-    """
-    graph, _, _ = steps.take_apart(self._network)
-    forward = self._devices.compile(
-      steps.make_predict(graph, self._mean, self._std)
-    )
-    numbers = self._devices.replicate(numbers)
-    outputs = {}
-    for split in splits:
-      with self._batches(split) as read:
-        outputs[split] = loop.predict(forward, numbers, read, self._devices)
-    return outputs
-
-  def measure(
-    self,
-    rows: np.ndarray,
-    logits: np.ndarray,
-    weights: np.ndarray | None = None,
-  ) -> scoring.Scores:
-    """Measures logits; see `scoring.measure`.
-
-    Args:
-      rows: (N,) of the source.
-      logits: (N, C) float32.
-      weights: (R, N), how often an image counts in each of R resamples.
-    """
-    labels = self._data.examples.labels[rows]
-    return scoring.measure(self.loss, self._data.names, labels, logits, weights)
-
-  def _score(self, rows: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-    found = self.measure(rows, logits)
-    return {**found.values, "classes": found.classes}
-
-  def _batches(self, split: str) -> "_Reported":
-    return _Reported(
-      self.config, self._data, split, self._devices, self.failures
-    )
-
-
-def check(config: ml_collections.ConfigDict, devices: parallel.Devices) -> None:
-  """Checks the keys that say how to train, before anything is opened.
-
-  Raises:
-    UsageError: naming the key.
-  """
-  optimisers.check_one_of("network.head", config.network.head, HEADS)
-  optimisers.check_one_of(
-    "loss.class_weights", config.loss.class_weights, CLASS_WEIGHTS
-  )
-  optimisers.check_range(
-    "loss.label_smoothing", config.loss.label_smoothing, least=0, below=1
-  )
-  for key in ("resamples", "epochs", "accumulate"):
-    optimisers.check_range(key, config[key], least=1)
-  optimisers.check_range("prevalence", config.prevalence, least=0, below=1)
-  for share in config.sensitivities:
-    optimisers.check_range("sensitivities", share, above=0, most=1)
-  optimiser = optimisers.Optimiser(**config.optimiser)
-  if optimisers.Schedule(**config.schedule).ended(optimiser.learning_rate, []):
-    raise errors.UsageError(
-      f"config.optimiser.learning_rate is {config.optimiser.learning_rate},"
-      f" below config.schedule.floor, {config.schedule.floor}: training would"
-      " end before its first step; raise the one or lower the other"
-    )
-  augment.Augmentation(**config.augment)
-  parts = len(devices.devices) * config.accumulate
-  if config.batch_size % parts:
-    raise errors.UsageError(
-      f"config.batch_size is {config.batch_size}; it must be a multiple of"
-      f" {parts}: {len(devices.devices)} devices x config.accumulate"
-    )
-
-
-class _Reported(pipeline.Batches):
-  """The batches of a split in order; says at its end what was unreadable."""
-
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    data: Data,
-    split: str,
-    devices: parallel.Devices,
-    unreadable: dict[str, str],
-  ):
-    super().__init__(
-      data.examples,
-      data.rows[split],
-      image_size=config.data.image_size,
-      batch_size=devices.batch_size(config.batch_size),
-      workers=config.data.workers,
-      shard=devices.shard,
-    )
-    self._unreadable_of_run = unreadable
-    self._limit = len(data.rows[split]), config.data.max_failures
-    # What the run has found so far counts, in whichever pass it was.
-    for row in data.rows[split].tolist() if unreadable else ():
-      if reason := unreadable.get(data.examples.names[row]):
-        self.add_failures([(row, reason)])
-
-  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    self.close()
-    self._unreadable_of_run |= dict(self.failures)
-    # What ends the reading early, SIGTERM for one, is not to be hidden.
-    if kind is None:
-      pipeline.too_many(self.failures, *self._limit)
-
-
-def make_loss(config: ml_collections.ConfigDict, data: Data) -> steps.Loss:
-  """Returns what training makes small.
-
-  Args:
-    config: of it `loss` and `many_labels`.
-    data: whose train split the classes are weighted by.
-  """
-  targets = data.targets[data.examples.labels[data.rows["train"]]]
-  weights = np.ones(len(data.names), np.float32)
-  if config.loss.class_weights == "balanced":
-    there = np.nansum(targets, axis=0)
-    if config.many_labels:
-      weights = np.nansum(1 - targets, axis=0) / there
-    else:
-      weights = len(targets) / (len(data.names) * there)
-  return steps.Loss(
-    targets=data.targets,
-    many=config.many_labels,
-    weights=weights.astype(np.float32),
-    smoothing=config.loss.label_smoothing,
-  )
-
-
 def evaluate(
-  trial: Trial,
+  trial: "images.ImageTask",
   data: Data,
   outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
   resamples: int,
@@ -435,7 +165,7 @@ def evaluate(
   Args:
     trial: it.
     data: its images.
-    outputs: of `val` and `test`, as `Trial.predict` returns them.
+    outputs: of `val` and `test`, as `ImageTask.predict` returns them.
     resamples: of the groups, for the intervals of the test split.
     seed: of these.
 

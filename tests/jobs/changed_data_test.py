@@ -8,7 +8,7 @@ from jaxtransfer import errors, workdir
 from jaxtransfer.jobs import finetune, layers, truncate
 from jaxtransfer.measure import probes
 from jaxtransfer.networks import tensors, zoo
-from jaxtransfer.training import trial
+from jaxtransfer.training import loop
 from jaxtransfer.weights import loading
 from tests.jobs import configs
 
@@ -89,7 +89,7 @@ def test_a_training_does_not_go_on_with_other_labels(
       _correct(source, row, ("old;stripes", "?old", "-", "stripes")[row % 4])
   before = source.read_text()
   label = list(csv.DictReader(source.open()))[7]["label"]
-  monkeypatch.setattr(trial.Trial, "fit", _stop)
+  monkeypatch.setattr(loop, "fit", _stop)
   with pytest.raises(Stopped):
     _run(job, config, tmp_path / "run")
   _correct(source, 7, "old" if config.many_labels else "class 0")

@@ -9,10 +9,11 @@ import pytest
 from sklearn.utils import class_weight
 
 from jaxtransfer import errors, parallel
-from jaxtransfer.data import images, sources
+from jaxtransfer.data import images as imaging
 from jaxtransfer.data import labels as labelling
+from jaxtransfer.data import sources
 from jaxtransfer.measure import bootstrap, calibration
-from jaxtransfer.training import scoring, trial
+from jaxtransfer.training import images, scoring, trial
 from tests.jobs import configs
 from tests.training import examples
 
@@ -31,7 +32,7 @@ class _Source(sources.Examples):
 
   def read(self, row):
     if row in self._broken:
-      raise images.ImageError("cut short")
+      raise imaging.ImageError("cut short")
     return np.zeros((16, 16, 3), np.uint8)
 
 
@@ -50,7 +51,7 @@ def _config(**changes):
 
 
 def _trial(data, **changes):
-  return trial.Trial(
+  return images.ImageTask(
     _config(**changes),
     data,
     examples.network(num_classes=len(data.names)),
@@ -88,9 +89,9 @@ def test_balanced_weights_are_scikit_learns():
   expected = class_weight.compute_class_weight(
     "balanced", classes=np.arange(3), y=labels[:12]
   )
-  weights = trial.make_loss(_config(), data).weights
+  weights = images.make_loss(_config(), data).weights
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
-  flat = trial.make_loss(_config(**{"loss.class_weights": "none"}), data)
+  flat = images.make_loss(_config(**{"loss.class_weights": "none"}), data)
   assert flat.weights.tolist() == [1, 1, 1]
 
 
@@ -99,7 +100,7 @@ def test_balanced_weights_of_several_labels_are_absent_to_there():
   classes = ["-", "x", "x;y", "?x;y"]
   labels = np.array([0, 0, 0, 1, 2, 3, 3])
   data = _data(_Source(classes, labels), many=True)
-  weights = trial.make_loss(_config(many_labels=True), data).weights
+  weights = images.make_loss(_config(many_labels=True), data).weights
   # x: there in 2, absent in 3, unknown in 2; y: there in 3, absent in 4.
   np.testing.assert_allclose(weights, [3 / 2, 4 / 3], rtol=1e-6)
 
@@ -345,3 +346,18 @@ def test_what_guessing_could_have_scored_is_noted(value, low, said):
   notes = trial.doubts(value, low)
   assert len(notes) == (said is not None)
   assert said is None or said in notes[0]
+
+
+def test_a_network_without_a_head_is_refused():
+  source = _Source(["a", "b"], np.arange(16) % 2)
+  with pytest.raises(errors.UsageError, match="without a head"):
+    images.ImageTask(
+      _config(),
+      _data(source),
+      examples.network(num_classes=None),
+      parallel.Devices("jit", jax.devices()[:1]),
+      mean=(0.5, 0.5, 0.5),
+      std=(0.25, 0.25, 0.25),
+      seed=0,
+      metric="loss",
+    )

@@ -97,12 +97,12 @@ class Features:
     Args:
       parts: which, all by default.
     """
-    found = []
+    pairs = []
     for index in range(self._parts) if parts is None else parts:
       with h5py.File(self.part(index)) as f:
         stored = json.loads(f["failures"].asstr()[()])
-        found += [tuple(pair) for pair in stored]
-    return found
+        pairs += [tuple(pair) for pair in stored]
+    return pairs
 
   def _read(self, dataset: str) -> np.ndarray:
     arrays = []
@@ -146,21 +146,21 @@ def extract(
   """
   count = len(images.rows)
   parts = -(-count // PART_ROWS)
-  found = {
+  extracted = {
     label: Features(
       directory / f"{label}-{_digest(images, network, taps)[:12]}", parts
     )
     for label, network in networks.items()
   }
-  missing = {label: features.missing() for label, features in found.items()}
+  missing = {label: features.missing() for label, features in extracted.items()}
   wanted = sorted(set().union(*missing.values()))
   # What earlier starts of the run could not read counts too.
-  kept = next(iter(found.values())).failures(
+  kept = next(iter(extracted.values())).failures(
     sorted({*range(parts)} - {*wanted})
   )
   pipeline.too_many(kept, count, images.max_failures)
   if not wanted:
-    return found
+    return extracted
   chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in wanted]
   rows = np.concatenate(chunks)
   compute = inference.place(
@@ -196,14 +196,14 @@ def extract(
       names = [images.examples.names[row] for row in chunk]
       failures = [(n, reasons[n]) for n in names if n in reasons]
       mask = arrays.pop("mask")
-      for label, features in found.items():
+      for label, features in extracted.items():
         if part in missing[label]:
           values = {tap: arrays[label, tap][mask] for tap in taps}
           _write(features.part(part), chunk[mask], values, failures)
       done += len(chunk)
       seconds = round(time.monotonic() - started, 3)
       log(event="extract", images=done, of=len(rows), seconds=seconds)
-  return found
+  return extracted
 
 
 def _flat(

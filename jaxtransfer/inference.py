@@ -118,7 +118,7 @@ def run(
       raise Stopped
     values = compute(devices.put(inputs(batch)))
     about = batch["row"].astype(np.int32), batch["mask"]
-    waiting.append((devices.share(about), values))
+    waiting.append((devices.gather(about), values))
     if len(waiting) > 1:
       yield fetch()
   while waiting:
@@ -145,7 +145,7 @@ def read(outputs: Iterator[Outputs]) -> tuple[np.ndarray, Any]:
 
 def gather_failures(failures: Failures) -> list[list[Any]]:
   """Returns (row, reason) of what any process could not read."""
-  pairs = [pair for part in parallel.everyone(failures) for pair in part]
+  pairs = [pair for part in parallel.all_gather(failures) for pair in part]
   return [list(pair) for pair in dict(pairs).items()]
 
 

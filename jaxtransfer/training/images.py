@@ -239,8 +239,8 @@ class ImageTask:
       batches.add_failures(failures)
       rows, logits = self._predict(numbers, batches, stop)
       failures = batches.get_state()["failures"]
-    found = self.measure(rows, logits)
-    return {**found.values, "classes": found.classes}, failures
+    scores = self.measure(rows, logits)
+    return {**scores.values, "classes": scores.classes}, failures
 
   def predict(
     self, numbers: functional.Numbers, splits: Sequence[str]

@@ -541,18 +541,18 @@ class _Clock:
   def read(self) -> dict[str, float]:
     """Returns what was measured since it was last read."""
     seconds = time.monotonic() - self._started
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     if self._steps:
-      found = {
+      measured = {
         f"{self._unit}_per_second": self._examples / seconds,
         "step_seconds": seconds / self._steps,
         "waiting_share": self._waited / seconds,
       }
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
-      found["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+      measured["peak_memory_bytes"] = memory["peak_bytes_in_use"]
     self._restart()
-    return found
+    return measured
 
   def _restart(self) -> None:
     self._started = time.monotonic()

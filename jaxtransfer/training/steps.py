@@ -243,9 +243,9 @@ def make_step(
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Arrays]]:
   """Returns the step, to be compiled by `parallel.Devices.compile_step`.
 
-  A state may hold parameters among the trained ones that this recipe keeps:
-  they, and what the optimiser remembers of them, stay as they are. So a part
-  can be kept at first and trained later, by two steps that share a state.
+  A state may hold parameters among the trained ones that this recipe keeps as
+  they are. So a part can be kept at first and trained later, by two steps that
+  share a state.
 
   Args:
     objective: what is made small.

@@ -299,11 +299,32 @@ class CutCosts:
       plan of the next end less the weights that lie after the tap.
     sum_over_whole: tap -> time of all its layers, each timed alone, over that
       of the network cut there and timed whole.
+    layers: T, what the taps themselves amount to.
   """
 
   images_per_second: np.ndarray
   peak_memory_bytes: list[int | None]
   sum_over_whole: dict[str, float]
+  layers: list[zoo.Layer]
+
+  @property
+  def table(self) -> list[dict[str, Any]]:
+    """What each cut costs: its width, size, memory and speed."""
+    return [
+      {
+        "channels": layer.channels,
+        "params": layer.params,
+        "macs": layer.macs,
+        "peak_memory_bytes": memory,
+        "images_per_second": float(speed),
+      }
+      for layer, memory, speed in zip(
+        self.layers,
+        self.peak_memory_bytes,
+        self.images_per_second,
+        strict=True,
+      )
+    ]
 
 
 def measure_cuts(
@@ -363,6 +384,7 @@ def measure_cuts(
       taps[end]: float(sums[end] / exact)
       for end, exact in zip(parts.ends, whole, strict=True)
     },
+    layers=[parts.layers[tap] for tap in taps],
   )
 
 
@@ -372,6 +394,7 @@ class _Parts:
   Attributes:
     ends: which taps, by number, are the last before the map gets smaller, and
       the deepest.
+    layers: of the whole network, by name.
   """
 
   def __init__(
@@ -383,10 +406,10 @@ class _Parts:
     image_size: int,
     devices: parallel.Devices,
   ):
-    strides = {
-      layer.name: layer.stride
-      for layer in zoo.list_layers(network.name, image_size)
+    self.layers = {
+      layer.name: layer for layer in zoo.list_layers(network.name, image_size)
     }
+    strides = {name: layer.stride for name, layer in self.layers.items()}
     self.ends = [
       t
       for t, tap in enumerate(taps)

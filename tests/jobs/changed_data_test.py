@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from jaxtransfer import errors, workdir
+from jaxtransfer import errors, inference, workdir
 from jaxtransfer.jobs import finetune, layers, truncate
 from jaxtransfer.measure import probes
 from jaxtransfer.networks import tensors, zoo
@@ -111,7 +111,7 @@ def test_probes_are_not_those_of_other_labels(source, tmp_path, monkeypatch):
     probes, "fit_probe", lambda *a: fitted.append(a) or fit(*a)
   )
   with monkeypatch.context() as patched:
-    patched.setattr(layers, "_costs", _stop)
+    patched.setattr(inference, "measure_cuts", _stop)
     with pytest.raises(Stopped):
       _run(layers, config, path)
     # Both classes stay; those of two rows are exchanged.

@@ -93,23 +93,30 @@ class Jax:
     jax.block_until_ready(self.call())
     return {OURS: seconds}
 
-  def load_step(self, devices, model, batch: int, size: int) -> dict:
+  def load_step(self, devices, model, count: int, size: int) -> dict:
     import jax
     import numpy as np
 
-    from jaxtransfer.training import augment, optimisers, steps
+    from jaxtransfer.networks import functional
+    from jaxtransfer.training import augment, images, optimisers, steps
 
     recipe = steps.Recipe(
-      loss=steps.Loss(np.eye(1000), False, np.ones(1000), 0.0),
       optimiser=optimisers.Optimiser(
         name="adam",
         learning_rate=1e-4,
-        backbone=1.0,
         momentum=0.9,
         weight_decay=0.0,
         clip_norm=0.0,
       ),
       schedule=lambda step: 1.0,
+      rate=lambda name: 1.0,
+      accumulate=1,
+      average=0.0,
+    )
+    graph, *numbers = functional.split(model)
+    objective = images.Objective(
+      graph=graph,
+      loss=steps.Loss(np.eye(1000), False, np.ones(1000), 0.0),
       augmentation=augment.Augmentation(
         crop=1.0,
         flip_horizontal=False,
@@ -123,26 +130,23 @@ class Jax:
       ),
       mean=(0.5, 0.5, 0.5),
       std=(0.25, 0.25, 0.25),
-      frozen=0,
       batch_norm="train",
-      accumulate=1,
-      average=0.0,
     )
     generator = np.random.default_rng(0)
-    images = devices.put(
+    batch = devices.put(
       {
-        "image": generator.integers(0, 256, (batch, size, size, 3), np.uint8),
-        "row": np.arange(batch, dtype=np.int32),
-        "label": generator.integers(0, 1000, batch).astype(np.int32),
-        "mask": np.ones(batch, bool),
+        "image": generator.integers(0, 256, (count, size, size, 3), np.uint8),
+        "row": np.arange(count, dtype=np.int32),
+        "label": generator.integers(0, 1000, count).astype(np.int32),
+        "mask": np.ones(count, bool),
       }
     )
-    graph, _, _ = steps.take_apart(model)
-    step = devices.compile_step(steps.make_step(graph, recipe))
-    state = [devices.replicate(steps.first_state(model, recipe, 0))]
+    step = devices.compile_step(steps.make_step(objective, recipe))
+    first = steps.first_state(objective, recipe, *numbers, 0)
+    state = [devices.replicate(first)]
 
     def call() -> jax.Array:
-      state[0], metrics = step(state[0], images)
+      state[0], metrics = step(state[0], batch)
       return metrics["loss"]
 
     self.call = call

@@ -86,7 +86,7 @@ class Plan:
     at = self.blocks.index(block)
     first = ends[at - 1] + 1 if at else 0
     beyond = ends[min(at + 1, len(ends) - 1)]
-    if zoo.family(self.network) == "densenet":
+    if zoo.family(self.network).compresses:
       beyond = ends[at]
     known = {self.places[name] for name in self.cuts(method)}
     # Counted from the block's end: every step-th of both sides.

@@ -6,10 +6,8 @@ written whole, under a digest of everything that determines it: a run that stops
 goes on after its last part, and a run that has all parts reads no image.
 """
 
-import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -22,10 +20,9 @@ import h5py
 import jax
 import numpy as np
 import tqdm
-from flax import nnx
 
-from jaxtransfer import files, parallel
-from jaxtransfer.data import pipeline, preprocess, sources
+from jaxtransfer import files, inference, parallel
+from jaxtransfer.data import pipeline, sources
 from jaxtransfer.networks import tensors
 from jaxtransfer.networks.network import Network
 
@@ -100,12 +97,12 @@ class Features:
     Args:
       parts: which, all by default.
     """
-    found = []
+    pairs = []
     for index in range(self._parts) if parts is None else parts:
       with h5py.File(self.part(index)) as f:
         stored = json.loads(f["failures"].asstr()[()])
-        found += [tuple(pair) for pair in stored]
-    return found
+        pairs += [tuple(pair) for pair in stored]
+    return pairs
 
   def _read(self, dataset: str) -> np.ndarray:
     arrays = []
@@ -149,24 +146,30 @@ def extract(
   """
   count = len(images.rows)
   parts = -(-count // PART_ROWS)
-  found = {
+  extracted = {
     label: Features(
       directory / f"{label}-{_digest(images, network, taps)[:12]}", parts
     )
     for label, network in networks.items()
   }
-  missing = {label: features.missing() for label, features in found.items()}
+  missing = {label: features.missing() for label, features in extracted.items()}
   wanted = sorted(set().union(*missing.values()))
   # What earlier starts of the run could not read counts too.
-  kept = next(iter(found.values())).failures(
+  kept = next(iter(extracted.values())).failures(
     sorted({*range(parts)} - {*wanted})
   )
   pipeline.too_many(kept, count, images.max_failures)
   if not wanted:
-    return found
+    return extracted
   chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in wanted]
   rows = np.concatenate(chunks)
-  programs = _programs(images, networks, taps, devices)
+  compute = inference.place(
+    networks,
+    lambda network, x_NHWC: network.taps(x_NHWC, taps),
+    devices,
+    images.mean,
+    images.std,
+  )
   done, started = 0, time.monotonic()
   with (
     pipeline.Batches(
@@ -183,7 +186,7 @@ def extract(
       disable=None,
     ) as bar,
   ):
-    outputs = _forward(batches, programs, devices, bar)
+    outputs = _flat(inference.run(compute, batches, devices), bar)
     for part, chunk, arrays in zip(
       wanted, chunks, _regroup(outputs, chunks), strict=True
     ):
@@ -193,76 +196,29 @@ def extract(
       names = [images.examples.names[row] for row in chunk]
       failures = [(n, reasons[n]) for n in names if n in reasons]
       mask = arrays.pop("mask")
-      for label, features in found.items():
+      for label, features in extracted.items():
         if part in missing[label]:
           values = {tap: arrays[label, tap][mask] for tap in taps}
           _write(features.part(part), chunk[mask], values, failures)
       done += len(chunk)
       seconds = round(time.monotonic() - started, 3)
       log(event="extract", images=done, of=len(rows), seconds=seconds)
-  return found
+  return extracted
 
 
-def _programs(
-  images: Images,
-  networks: Mapping[str, Network],
-  taps: Sequence[str],
-  devices: parallel.Devices,
-) -> dict[str, Callable[[jax.Array], dict[str, jax.Array]]]:
-  """Returns, for every network, a function of a batch on the devices."""
-
-  @functools.cache
-  def compiled(graph: nnx.GraphDef) -> Callable:
-    # Networks that differ only in their numbers share one program.
-    def forward(state: nnx.State, pixels: jax.Array) -> dict[str, jax.Array]:
-      x = preprocess.preprocess(pixels, images.mean, images.std)
-      return nnx.merge(graph, state).taps(x, taps)
-
-    return devices.compile(forward)
-
-  programs = {}
-  for label, network in networks.items():
-    graph, state = nnx.split(network)
-    programs[label] = functools.partial(
-      compiled(graph), devices.replicate(state)
-    )
-  return programs
-
-
-def _forward(
-  batches: pipeline.Batches,
-  programs: Mapping[str, Callable],
-  devices: parallel.Devices,
-  bar: tqdm.tqdm,
+def _flat(
+  outputs: Iterator[inference.Outputs], bar: tqdm.tqdm
 ) -> Iterator[dict[Any, np.ndarray]]:
-  """Yields {"mask": (B,), (label, tap): (B, C)} for every batch.
-
-  A batch's results are fetched when the next one is already under way, so that
-  the devices never wait for this process.
-  """
-  waiting: collections.deque = collections.deque()
-
-  def fetch() -> dict[Any, np.ndarray]:
-    batch, outputs = waiting.popleft()
-    bar.update(int((batch["row"] >= 0).sum()))
+  """Yields {"mask": (B,), (label, tap): (B, C)} of what is not padding."""
+  for row, mask, values in outputs:
+    real = row >= 0
+    bar.update(int(real.sum()))
     arrays = {
-      (label, tap): values
-      for label, taps in devices.get(outputs).items()
-      for tap, values in taps.items()
+      (label, tap): array
+      for label, of_network in values.items()
+      for tap, array in of_network.items()
     }
-    real = batch["row"] >= 0
-    return {
-      key: a[real] for key, a in {**arrays, "mask": batch["mask"]}.items()
-    }
-
-  for batch in batches:
-    pixels = devices.put(batch["image"])
-    outputs = {label: program(pixels) for label, program in programs.items()}
-    waiting.append(({k: batch[k] for k in ("row", "mask")}, outputs))
-    if len(waiting) > 1:
-      yield fetch()
-  while waiting:
-    yield fetch()
+    yield {key: a[real] for key, a in {**arrays, "mask": mask}.items()}
 
 
 def _regroup(

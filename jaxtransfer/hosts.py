@@ -77,7 +77,7 @@ class One:
 
   first = True
 
-  def meet(self, value: Any) -> Any:
+  def broadcast(self, value: Any) -> Any:
     """Returns the first process's value once all have come here.
 
     Args:
@@ -92,7 +92,7 @@ class One:
     """Ends the checks: all processes have passed them, and the work begins.
 
     Raises:
-      UsageError, RunError, SystemExit: as `meet` does.
+      UsageError, RunError, SystemExit: as `broadcast` does.
     """
 
   def end(self, message: str, code: int) -> NoReturn:
@@ -166,17 +166,17 @@ class Several(One):
         os.devnull, "w", encoding="utf-8", errors="backslashreplace"
       )
 
-  def meet(self, value: Any) -> Any:  # noqa: D102
-    heard = self._tell({"value": value})
-    failed = [said for said in heard if "code" in said]
+  def broadcast(self, value: Any) -> Any:  # noqa: D102
+    messages = self._tell({"value": value})
+    failed = [message for message in messages if "code" in message]
     if not failed:
-      return heard[0]["value"]
+      return messages[0]["value"]
     message, code = failed[0]["message"], failed[0]["code"]
     kinds = {2: errors.UsageError, 1: errors.RunError}
     raise kinds.get(code, SystemExit)(message if code in kinds else code)
 
   def begin(self) -> None:  # noqa: D102
-    self.meet(None)
+    self.broadcast(None)
     self._stage = "work"
 
   def end(self, message: str, code: int) -> NoReturn:  # noqa: D102
@@ -204,13 +204,13 @@ class Several(One):
       self._leave(signals.SAID[signals.PREEMPTED], signals.PREEMPTED)
     super().preempt()
 
-  def _tell(self, said: dict[str, Any]) -> list[dict[str, Any]]:
+  def _tell(self, message: dict[str, Any]) -> list[dict[str, Any]]:
     from jaxtransfer import parallel
 
-    heard = parallel.everyone(said)
-    if any("code" in one for one in heard):
+    messages = parallel.all_gather(message)
+    if any("code" in one for one in messages):
       self._stage = "over"
-    return heard
+    return messages
 
   def _leave(self, message: str, code: int) -> NoReturn:
     """Ends at once: a usual exit would wait for the others, who wait for us."""

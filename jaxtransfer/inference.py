@@ -1,19 +1,27 @@
-"""What running a network costs, cut at every tap, from one pass through it.
+"""One pass over batches, and what running networks costs.
 
-A network cut at one tap is the network cut at the tap before it and the layers
+Whatever is computed of images, logits of one network or the taps of several,
+goes through `run`: a batch goes to the devices once, as uint8, and what comes
+of it is fetched when the next one is already under way.
+
+What a network costs, cut at every tap, is measured in one pass through it: a
+network cut at one tap is the network cut at the tap before it and the layers
 between. So the layers between taps are compiled and timed once, and added up;
 the networks cut at the ends of stages are compiled and timed whole beside
 them, and the sums are brought to what these take. Time and memory grow with
 the network's depth and not with its square.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -23,13 +31,261 @@ from flax import nnx
 from jaxtransfer import files, parallel
 from jaxtransfer.data import preprocess
 from jaxtransfer.measure import cost
-from jaxtransfer.networks import zoo
+from jaxtransfer.networks import functional, zoo
 from jaxtransfer.networks.network import Network, average
 
 # Rounds of timing. Where one takes long there are fewer, but no fewer than a
 # median needs that one interruption shall not move.
 _ROUNDS, _LEAST_ROUNDS = 10, 3
 _SECONDS = 30.0
+# Calls of each network whose latency is measured.
+_LATENCY_REPEATS = 30
+
+Failures = list[tuple[int, str]]
+
+
+class Stopped(Exception):
+  """The process was asked to end."""
+
+
+class Batches(Protocol):
+  """Batches in some order, of which each process reads a part.
+
+  A batch is a dict of arrays (B, ...), `row` and `mask` among them: (B,) ints,
+  which example it is, -1 where padded; (B,) bool, False where an example is
+  padded or could not be read.
+  """
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    """Returns the batches."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the place, as JSON values; `failures`, (row, reason), in it."""
+
+  def add_failures(self, failures: Failures) -> None:
+    """Takes up what another process, or an earlier one, could not read."""
+
+
+class Outputs(NamedTuple):
+  """What was computed of a batch, on every process the whole of it.
+
+  Attributes:
+    row: (B,) int32, which example; -1 where padded.
+    mask: (B,) bool, False where padded or unreadable.
+    values: arrays (B, ...), NumPy.
+  """
+
+  row: np.ndarray
+  mask: np.ndarray
+  values: Any
+
+
+def run(
+  compute: Callable[[Any], Any],
+  batches: Batches,
+  devices: parallel.Devices,
+  *,
+  inputs: Callable[[dict[str, np.ndarray]], Any] = operator.itemgetter("image"),
+  stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Outputs]:
+  """Computes something of all batches.
+
+  Args:
+    compute: what; takes what `inputs` chose, on the devices, and returns arrays
+      (B, ...) there.
+    batches: in order. At the pass's end the failures of all processes are in
+      them.
+    devices: where.
+    inputs: what of a batch is sent to the devices.
+    stop: asked before each batch whether the process has to end.
+
+  Yields:
+    Of every batch, in order, what was computed.
+
+  Raises:
+    Stopped: `stop` said so.
+  """
+  # One batch is on its way while the one before is fetched: the devices never
+  # wait for this process.
+  waiting: collections.deque = collections.deque()
+
+  def fetch() -> Outputs:
+    about, values = waiting.popleft()
+    return Outputs(*jax.device_get(about), devices.get(values))
+
+  for batch in batches:
+    if stop():
+      raise Stopped
+    values = compute(devices.put(inputs(batch)))
+    about = batch["row"].astype(np.int32), batch["mask"]
+    waiting.append((devices.gather(about), values))
+    if len(waiting) > 1:
+      yield fetch()
+  while waiting:
+    yield fetch()
+  share_failures(batches)
+
+
+def read(outputs: Iterator[Outputs]) -> tuple[np.ndarray, Any]:
+  """Joins a pass, without what could not be read.
+
+  Args:
+    outputs: as `run` yields them.
+
+  Returns:
+    (N,) int64 rows, and arrays (N, ...): all of them on every process.
+  """
+  rows, values = [], []
+  for of in outputs:
+    rows.append(of.row[of.mask])
+    values.append(jax.tree.map(operator.itemgetter(of.mask), of.values))
+  joined = jax.tree.map(lambda *parts: np.concatenate(parts), *values)
+  return np.concatenate(rows).astype(np.int64), joined
+
+
+def gather_failures(failures: Failures) -> list[list[Any]]:
+  """Returns (row, reason) of what any process could not read."""
+  pairs = [pair for part in parallel.all_gather(failures) for pair in part]
+  return [list(pair) for pair in dict(pairs).items()]
+
+
+def share_failures(batches: Batches) -> None:
+  """Tells every process what any of them could not read."""
+  failures = batches.get_state()["failures"]
+  batches.add_failures(gather_failures(failures))
+
+
+def compile_forward(
+  graph: nnx.GraphDef,
+  compute: Callable[[Network, jax.Array], Any],
+  devices: parallel.Devices,
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> Callable[[functional.Numbers, jax.Array], Any]:
+  """Compiles what is computed of images, for networks of one structure.
+
+  Args:
+    graph: the structure.
+    compute: of a network and images (N, S, S, 3), normalised.
+    devices: where.
+    mean: of each channel, in [0, 1].
+    std: of each channel, in [0, 1].
+
+  Returns:
+    A function of (parameters, statistics), replicated, and (N, S, S, 3) uint8.
+  """
+
+  def forward(numbers: functional.Numbers, pixels: jax.Array) -> Any:
+    x_NHWC = preprocess.preprocess(pixels, mean, std)
+    return compute(functional.merge(graph, *numbers), x_NHWC)
+
+  return devices.compile(forward)
+
+
+def place(
+  networks: Mapping[str, Network],
+  compute: Callable[[Network, jax.Array], Any],
+  devices: parallel.Devices,
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> Callable[[jax.Array], dict[str, Any]]:
+  """Places networks on devices, to be run on the same images.
+
+  Networks that differ in their numbers alone share one program.
+
+  Args:
+    networks: label -> network.
+    compute: as for `compile_forward`.
+    devices: where.
+    mean: of each channel, in [0, 1].
+    std: of each channel, in [0, 1].
+
+  Returns:
+    (N, S, S, 3) uint8 -> {label: what was computed}, for `run`.
+  """
+  compiled = functools.cache(
+    functools.partial(
+      compile_forward, compute=compute, devices=devices, mean=mean, std=std
+    )
+  )
+  programs = {}
+  for label, network in networks.items():
+    graph, *numbers = functional.split(network)
+    programs[label] = functools.partial(
+      compiled(graph), devices.replicate(tuple(numbers))
+    )
+  return lambda pixels: {
+    label: program(pixels) for label, program in programs.items()
+  }
+
+
+def logits(network: Network, images: jax.Array) -> jax.Array:
+  """Returns a network's output, (N, C), for `compile_forward` and `place`."""
+  return network(images)
+
+
+def measure_speeds(
+  networks: Sequence[Network],
+  devices: parallel.Devices,
+  one: parallel.Devices,
+  *,
+  mean: Sequence[float],
+  std: Sequence[float],
+  image_size: int,
+  batch_size: int,
+  seed: int,
+) -> list[dict[str, float]]:
+  """Counts each network, and measures the speed of all of them in turns.
+
+  Networks that differ in their numbers alone have one speed, measured once.
+
+  Args:
+    networks: which.
+    devices: for the throughput.
+    one: a single device, for the latency of one image.
+    mean: of each channel, in [0, 1].
+    std: of each channel, in [0, 1].
+    image_size: side of the images.
+    batch_size: images a step, a multiple of the number of devices.
+    seed: of the pixels.
+
+  Returns:
+    Of each network params, macs, latency_ms and images_per_second.
+  """
+  graphs = [functional.split(network)[0] for network in networks]
+  distinct: dict[nnx.GraphDef, Network] = {}
+  for graph, network in zip(graphs, networks, strict=True):
+    distinct.setdefault(graph, network)
+
+  def speeds(
+    where: parallel.Devices, images: int, **settings: int
+  ) -> dict[nnx.GraphDef, float]:
+    pixels = np.random.default_rng(seed).integers(
+      0, 256, (images, image_size, image_size, 3), np.uint8
+    )
+    calls = [
+      functools.partial(
+        place({"": network}, logits, where, mean, std), where.put(pixels)
+      )
+      for network in distinct.values()
+    ]
+    measured = cost.measure_forward(calls, images, **settings)
+    return {g: of.median for g, of in zip(distinct, measured, strict=True)}
+
+  latency = speeds(one, 1, repeats=_LATENCY_REPEATS)
+  throughput = speeds(devices, batch_size)
+  rows = []
+  for network, graph in zip(networks, graphs, strict=True):
+    params, macs = zoo.count(network, image_size, head=True)
+    rows.append(
+      {
+        "params": params,
+        "macs": macs,
+        "latency_ms": 1000 / latency[graph],
+        "images_per_second": throughput[graph],
+      }
+    )
+  return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +299,32 @@ class CutCosts:
       plan of the next end less the weights that lie after the tap.
     sum_over_whole: tap -> time of all its layers, each timed alone, over that
       of the network cut there and timed whole.
+    layers: T, what the taps themselves amount to.
   """
 
   images_per_second: np.ndarray
   peak_memory_bytes: list[int | None]
   sum_over_whole: dict[str, float]
+  layers: list[zoo.Layer]
+
+  @property
+  def table(self) -> list[dict[str, Any]]:
+    """What each cut costs: its width, size, memory and speed."""
+    return [
+      {
+        "channels": layer.channels,
+        "params": layer.params,
+        "macs": layer.macs,
+        "peak_memory_bytes": memory,
+        "images_per_second": float(speed),
+      }
+      for layer, memory, speed in zip(
+        self.layers,
+        self.peak_memory_bytes,
+        self.images_per_second,
+        strict=True,
+      )
+    ]
 
 
 def measure_cuts(
@@ -107,6 +384,7 @@ def measure_cuts(
       taps[end]: float(sums[end] / exact)
       for end, exact in zip(parts.ends, whole, strict=True)
     },
+    layers=[parts.layers[tap] for tap in taps],
   )
 
 
@@ -116,6 +394,7 @@ class _Parts:
   Attributes:
     ends: which taps, by number, are the last before the map gets smaller, and
       the deepest.
+    layers: of the whole network, by name.
   """
 
   def __init__(
@@ -127,10 +406,10 @@ class _Parts:
     image_size: int,
     devices: parallel.Devices,
   ):
-    strides = {
-      layer.name: layer.stride
-      for layer in zoo.list_layers(network.name, image_size)
+    self.layers = {
+      layer.name: layer for layer in zoo.list_layers(network.name, image_size)
     }
+    strides = {name: layer.stride for name, layer in self.layers.items()}
     self.ends = [
       t
       for t, tap in enumerate(taps)

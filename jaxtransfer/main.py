@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
       if claimed.finished:
         # Of several processes the first compares for all.
         missing = _not_compared(config) if processes.first else None
-        missing = processes.meet(missing)
+        missing = processes.broadcast(missing)
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         if missing:
           print(f"Its data were not compared with what they are now: {missing}")

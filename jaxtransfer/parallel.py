@@ -79,7 +79,7 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def everyone(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
   """Returns the values of all processes, in their order; all must call it.
 
   Args:
@@ -99,7 +99,7 @@ def everyone(value: Any) -> list[Any]:
   ]
 
 
-def from_first(tree: Any) -> Any:
+def broadcast(tree: Any) -> Any:
   """Returns the first process's arrays on all, bit by bit; all must call it.
 
   Args:
@@ -169,10 +169,10 @@ class Devices:
         axis_types=(AxisType.Auto,),
         devices=self.devices,
       )
-    self._split = NamedSharding(self.mesh, PartitionSpec("data"))
-    self._whole = NamedSharding(self.mesh, PartitionSpec())
-    self._gather = jax.jit(lambda tree: tree, out_shardings=self._whole)
-    self._any = jax.jit(jnp.any, out_shardings=self._whole)
+    self._sharded = NamedSharding(self.mesh, PartitionSpec("data"))
+    self._replicated = NamedSharding(self.mesh, PartitionSpec())
+    self._gathered = jax.jit(lambda tree: tree, out_shardings=self._replicated)
+    self._any = jax.jit(jnp.any, out_shardings=self._replicated)
 
   def __str__(self) -> str:
     kind = self.devices[0].device_kind
@@ -193,8 +193,8 @@ class Devices:
       tree: arrays, the same on every process.
     """
     if self._several:
-      return self._place(tree, self._whole)
-    return jax.device_put(tree, self._whole)
+      return self._place(tree, self._replicated)
+    return jax.device_put(tree, self._replicated)
 
   def put(self, tree: Any) -> Any:
     """Sends arrays whose first axis is the batch, a part to each device.
@@ -204,18 +204,18 @@ class Devices:
         processes, this one's part of the batch.
     """
     if self._several:
-      return self._place(tree, self._split)
+      return self._place(tree, self._sharded)
     if self.mode == "pmap":
-      tree = jax.tree.map(self._by_device, tree)
-    return jax.device_put(tree, self._split)
+      tree = jax.tree.map(self._add_device_axis, tree)
+    return jax.device_put(tree, self._sharded)
 
-  def share(self, tree: Any) -> Any:
+  def gather(self, tree: Any) -> Any:
     """Returns arrays of the whole batch; with one process, those given.
 
     Args:
       tree: NumPy arrays (B, ...) of this process's part of a batch.
     """
-    return self._gather(self.put(tree)) if self._several else tree
+    return self._gathered(self.put(tree)) if self._several else tree
 
   def agreed(self, question: Callable[[], bool]) -> Callable[[], bool]:
     """Returns a question to which all processes get the same answer.
@@ -243,7 +243,7 @@ class Devices:
 
   def get(self, tree: Any) -> Any:
     """Waits for arrays and returns them as NumPy arrays (B, ...)."""
-    tree = jax.device_get(self._gather(tree) if self._several else tree)
+    tree = jax.device_get(self._gathered(tree) if self._several else tree)
     if self.mode == "pmap":
       return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
     return tree
@@ -261,8 +261,8 @@ class Devices:
       return jax.pmap(function, "data", in_axes=(None, 0), devices=self.devices)
     return jax.jit(
       function,
-      in_shardings=(self._whole, self._split),
-      out_shardings=self._whole if self._several else self._split,
+      in_shardings=(self._replicated, self._sharded),
+      out_shardings=self._replicated if self._several else self._sharded,
     )
 
   def compile_step(self, function: Callable[[Any, Any], Any]) -> Callable:
@@ -307,5 +307,5 @@ class Devices:
       tree,
     )
 
-  def _by_device(self, x: np.ndarray) -> np.ndarray:
+  def _add_device_axis(self, x: np.ndarray) -> np.ndarray:
     return x.reshape(len(self.devices), -1, *x.shape[1:])

@@ -108,7 +108,7 @@ class Workdir:
 
     With several processes all must ask.
     """
-    return self._processes.meet((self.path / "results.json").exists())
+    return self._processes.broadcast((self.path / "results.json").exists())
 
   def finish(self, results: Mapping[str, Any]) -> int:
     """Writes results.json, the sign that the run is finished, and tells it.

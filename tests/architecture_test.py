@@ -21,6 +21,7 @@ ALLOWED = {
     "data",
     "errors",
     "files",
+    "inference",
     "measure",
     "networks",
     "parallel",

@@ -18,10 +18,10 @@ from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.measure import evaluation
 from jaxtransfer.measure.metrics import METRICS
-from jaxtransfer.networks import zoo
+from jaxtransfer.networks import functional, zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import page, sentences
-from jaxtransfer.training import loop, steps, trial
+from jaxtransfer.training import images, loop
 from jaxtransfer.weights import loading
 
 
@@ -60,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   """
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
-  trial.check(config, devices)
+  images.check(config, devices)
   (data,) = dataset.open_divisions(config, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
@@ -77,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     ),
   )
   network.check_size(config.data.image_size)
-  training = trial.Trial(
+  training = images.ImageTask(
     config,
     data,
     network,
@@ -94,14 +94,20 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   print(
     f"{data};"
     f" {plan.network} to {plan.last} with {source.label} weights;"
-    f" {training.steps:,} steps on {devices}",
+    f" {len(training.batches):,} steps on {devices}",
     flush=True,
   )
   for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 
   started = time.monotonic()
-  fitted = training.fit(workdir.path, workdir)
+  fitted = loop.fit(
+    training,
+    training.settings,
+    devices=devices,
+    directory=workdir.path,
+    journal=workdir,
+  )
   seconds = {"training": time.monotonic() - started}
 
   started = time.monotonic()
@@ -125,12 +131,12 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     **seconds,
     "evaluating": time.monotonic() - started,
   }
-  graph, _, _ = steps.take_apart(network)
-  best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
+  graph, _, _ = functional.split(network)
+  best = functional.merge(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
   loading.export(
     best,
     workdir.path / "export" / "model.safetensors",
-    source.card() | trial.card(config, data, evaluated),
+    source.card() | images.card(config, data, evaluated),
   )
   page.write(workdir.path, left)
   return workdir.finish(left)

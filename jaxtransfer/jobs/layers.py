@@ -178,14 +178,20 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   probing = time.monotonic() - started
 
   started = time.monotonic()
-  network = networks[label]
-  costs, checked = _costs(
-    config, plan, network, images, devices, workdir.path / "features"
+  costs = inference.measure_cuts(
+    networks[label],
+    plan.taps,
+    mean=images.mean,
+    std=images.std,
+    image_size=images.image_size,
+    batch_size=devices.batch_size(config.cost_batch_size),
+    devices=devices,
+    directory=workdir.path / "features",
   )
   costing = time.monotonic() - started
 
   about = {
-    "sum_over_whole": checked,
+    "sum_over_whole": costs.sum_over_whole,
     "failures": len(failures),
     "seconds": {"extracting": extracting, "probing": probing, "cost": costing},
     "run": begun,
@@ -347,47 +353,6 @@ def _probe(
               if r == 0 and split == "test":
                 intervals[p, m] = bootstrap.interval(in_resamples)
   return Measured(values, resampled, intervals, chosen, beyond, converged)
-
-
-def _costs(
-  config: ml_collections.ConfigDict,
-  plan: Plan,
-  network: Network,
-  images: features.Images,
-  devices: parallel.Devices,
-  directory: pathlib.Path,
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-  """Returns what the network cut at every tap costs, and how it was checked."""
-  layers = {
-    layer.name: layer
-    for layer in zoo.list_layers(plan.network, images.image_size)
-  }
-  measured = inference.measure_cuts(
-    network,
-    plan.taps,
-    mean=images.mean,
-    std=images.std,
-    image_size=images.image_size,
-    batch_size=devices.batch_size(config.cost_batch_size),
-    devices=devices,
-    directory=directory,
-  )
-  costs = [
-    {
-      "channels": layers[tap].channels,
-      "params": layers[tap].params,
-      "macs": layers[tap].macs,
-      "peak_memory_bytes": memory,
-      "images_per_second": float(speed),
-    }
-    for tap, speed, memory in zip(
-      plan.taps,
-      measured.images_per_second,
-      measured.peak_memory_bytes,
-      strict=True,
-    )
-  ]
-  return costs, measured.sum_over_whole
 
 
 def _results(

@@ -28,6 +28,7 @@ from jaxtransfer import (
   errors,
   files,
   hosts,
+  inference,
   parallel,
   results,
 )
@@ -43,15 +44,13 @@ from jaxtransfer.cuts import (
 )
 from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.measure import evaluation, metrics
-from jaxtransfer.networks import tensors, zoo
+from jaxtransfer.networks import functional, tensors, zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import page, sentences
 from jaxtransfer.training import (
-  costs,
+  images,
   loop,
   optimisers,
-  steps,
-  trial,
 )
 from jaxtransfer.units import Units
 from jaxtransfer.weights import loading, readers
@@ -87,7 +86,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   """
   plan = make_plan(config)
   devices = parallel.Devices(config.parallel)
-  trial.check(config, devices)
+  images.check(config, devices)
   divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   source = loading.resolve_weights(
     plan.network, config.network.weights or None, config.network.prefix
@@ -153,8 +152,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   blocks = zoo.select_taps(name, config.taps, until)
   if config.taps == "blocks":
     # As Peng et al. cut: after a ResNet's stages and a DenseNet's transitions.
-    ends = ("layer", "transition", "norm", "block")
-    blocks = tuple(tap for tap in blocks if tap.startswith(ends))
+    blocks = zoo.family(name).select_ends(blocks)
   whole = zoo.build(name, until=until)
   layers = whole.layer_names
   if not blocks or whole.resolve(blocks[-1]) != layers[-1]:
@@ -172,7 +170,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
       f" cut there is none before it; use --config.methods={left}, or other"
       " config.taps"
     )
-  small = tuple(n for n in zoo.list_models() if zoo.family(n) == "cbr")
+  small = tuple(n for n in zoo.list_models() if zoo.family(n).small)
   return Plan(
     network=name,
     until=until,
@@ -511,7 +509,7 @@ def _unreadable(bench: "_Bench") -> dict[str, str]:
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
   config = bench.config
   print(f"timing {len(rows)} networks", flush=True)
-  return costs.measure(
+  return inference.measure_speeds(
     [bench.network(row.units[0]) for row in rows],
     bench.devices,
     parallel.Devices(config.parallel, bench.devices.devices[:1]),
@@ -532,7 +530,7 @@ def _export(
   loading.export(
     bench.trained(best),
     bench.path / "export" / "model.safetensors",
-    bench.source.card() | trial.card(bench.config, data, evaluated),
+    bench.source.card() | images.card(bench.config, data, evaluated),
   )
   return {
     "seed": best.repeat,
@@ -670,13 +668,13 @@ class _Bench:
       settings["slim_after"] = unit.cut
     return self.plan.network, settings
 
-  def training(self, unit: Unit, network: Network) -> trial.Trial:
+  def training(self, unit: Unit, network: Network) -> images.ImageTask:
     """Returns a unit's training."""
     names = network.layer_names
     frozen = {"fat": len(names)}.get(unit.method, 0)
     if unit.method == "lwft":
       frozen = names.index(network.resolve(unit.cut)) + 1
-    training = trial.Trial(
+    training = images.ImageTask(
       self.config,
       self.data(unit),
       network,
@@ -703,7 +701,14 @@ class _Bench:
     network = self.network(unit)
     training = self.training(unit, network)
     try:
-      fitted = training.fit(directory, journal, stop_after)
+      fitted = loop.fit(
+        training,
+        training.settings,
+        devices=self.devices,
+        directory=directory,
+        journal=journal,
+        stop_after=stop_after,
+      )
     except (errors.DivergedError, jax.errors.JaxRuntimeError) as e:
       if "RESOURCE_EXHAUSTED" not in str(e) and not isinstance(
         e, errors.DivergedError
@@ -738,8 +743,8 @@ class _Bench:
     if not fitted.ended:
       files.write_json(directory / "paused.json", record)
       return
-    graph, _, _ = steps.take_apart(network)
-    best = steps.put_together(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
+    graph, _, _ = functional.split(network)
+    best = functional.merge(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
     loading.export(best, directory / "model.safetensors", self.source.card())
     _save(directory / "val.npz", training.predict(fitted.numbers, ["val"]))
     files.write_json(directory / "done.json", record)
@@ -811,8 +816,8 @@ class _Bench:
     if not path.exists():
       network = self.trained(unit)
       training = self.training(unit, network)
-      _, params, statistics = steps.take_apart(network)
-      predicted = training.predict((params, statistics), [split])
+      _, *numbers = functional.split(network)
+      predicted = training.predict(tuple(numbers), [split])
       # The outputs last: once they are there, nothing is read again.
       files.write_json(
         path.with_name(f"{split}_failures.json"),

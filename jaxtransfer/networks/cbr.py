@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.networks import layers
+from jaxtransfer.networks.family import Family, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +95,15 @@ def make_layers(
     yield name, Block(channels, width, size, pool, dtype)
     channels = width
     slim = slim or name == slim_after
+
+
+FAMILY = Family(
+  name="cbr",
+  networks=NETWORKS,
+  layer_names=layer_names,
+  aliases=aliases,
+  make_layers=make_layers,
+  ends=("block",),
+  layouts=(Layout("block1.conv.weight", heads=("fc",)),),
+  small=True,
+)

@@ -44,7 +44,7 @@ def conv2d(
   if groups == 1 and min(x_NHWC.shape[1:3]) <= 2 * (size // 2):
     # Where most of the kernel lies on the border, XLA's CPU convolution takes
     # up to 70 times as long; elsewhere this is a product like any other.
-    return _convolve_patches(x_NHWC, kernel_HWIO, stride, precision)
+    return _convolve_im2col(x_NHWC, kernel_HWIO, stride, precision)
   return _conv2d(x_NHWC, kernel_HWIO, stride, groups, precision)
 
 
@@ -62,10 +62,10 @@ def _conv2d(
   def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if groups > 1:
       return _convolve_groups(x, kernel, stride, groups, precision)
-    if _tiles_pay(x, kernel.shape, stride):
-      return _convolve_tiles(x, kernel, precision)
-    if _few_pixels(x, kernel.shape, stride):
-      return _convolve_patches(x, kernel, stride, precision)
+    if _winograd_pays(x, kernel.shape, stride):
+      return _convolve_winograd(x, kernel, precision)
+    if _kernel_outweighs(x, kernel.shape, stride):
+      return _convolve_im2col(x, kernel, stride, precision)
     return native(x, kernel)
 
   return lax.platform_dependent(x_NHWC, kernel_HWIO, cpu=cpu, default=native)
@@ -101,15 +101,15 @@ def _conv2d_backward(
         return _convolve_groups(x, kernel, stride, groups, precision)
 
       return jax.vjp(convolve_groups, x, kernel)[1](dy)
-    turned_HWIO = kernel[::-1, ::-1].swapaxes(2, 3)
-    if _tiles_pay(dy, turned_HWIO.shape, stride):
-      dx = _convolve_tiles(dy, turned_HWIO, precision, turned=True)
+    transposed_HWIO = kernel[::-1, ::-1].swapaxes(2, 3)
+    if _winograd_pays(dy, transposed_HWIO.shape, stride):
+      dx = _convolve_winograd(dy, transposed_HWIO, precision, transposed=True)
     elif kernel.shape[0] == 3:
       # XLA's would first turn the kernel around in memory.
-      def convolve_patches(x: jax.Array) -> jax.Array:
-        return _convolve_patches(x, kernel, stride, precision)
+      def convolve_im2col(x: jax.Array) -> jax.Array:
+        return _convolve_im2col(x, kernel, stride, precision)
 
-      dx = jax.vjp(convolve_patches, x)[1](dy)[0]
+      dx = jax.vjp(convolve_im2col, x)[1](dy)[0]
     else:
       dx = jax.vjp(lambda x: convolve(x, kernel), x)[1](dy)[0]
     return dx, _kernel_gradient(x, dy, kernel.shape, stride, precision)
@@ -217,7 +217,7 @@ def _kernel_gradient(
   stride: int,
   precision: lax.Precision | None,
 ) -> jax.Array:
-  """The kernel's gradient as products of laid out pixels, on CPU.
+  """The kernel's gradient as products of pixels in columns, on CPU.
 
   XLA's own, a convolution with a kernel as large as the image, takes twice as
   long and more. The images are taken in parts that stay in cache.
@@ -235,18 +235,18 @@ def _kernel_gradient(
   batch, height, width, channels_out = dy_NHWC.shape
   size, _, channels_in, _ = shape_HWIO
   most = _MOST_IN_CACHE
-  if _tiles_pay(x_NHWC, shape_HWIO, stride):
-    gradient = functools.partial(_kernel_gradient_tiles, precision=precision)
+  if _winograd_pays(x_NHWC, shape_HWIO, stride):
+    gradient = functools.partial(_kernel_gradient_winograd, precision=precision)
     dy_NHWC = _pad_to_tiles(dy_NHWC)
     per_pixel = 1.5 * (channels_in + 3 * channels_out)
   elif stride == 1 and height >= 4 * size:
     gradient = functools.partial(
-      _kernel_gradient_both, size=size, precision=precision
+      _kernel_gradient_shifted, size=size, precision=precision
     )
     per_pixel = size * (channels_in + channels_out)
   else:
     gradient = functools.partial(
-      _kernel_gradient_patches, size=size, stride=stride, precision=precision
+      _kernel_gradient_im2col, size=size, stride=stride, precision=precision
     )
     per_pixel = size * size * channels_in
     border = (size // 2, size // 2 + stride - 1)
@@ -278,16 +278,16 @@ def _kernel_gradient(
   return total.astype(dy_NHWC.dtype)
 
 
-def _kernel_gradient_patches(
+def _kernel_gradient_im2col(
   x_NHWC: jax.Array,
   dy_NHWC: jax.Array,
   size: int,
   stride: int,
   precision: lax.Precision | None,
 ) -> jax.Array:
-  """The kernel's gradient with every pixel's patch laid out, of padded x."""
+  """The kernel's gradient with im2col, of padded x."""
   _, height, width, channels_out = dy_NHWC.shape
-  left = _shifts(x_NHWC, (size, size), (height, width), stride)
+  left = _im2col(x_NHWC, (size, size), (height, width), stride)
   total = _sum_products(_flat(left), _flat(dy_NHWC), precision)
   return total.reshape(size, size, -1, channels_out)
 
@@ -330,7 +330,7 @@ def _cut_to_bands(
   )
 
 
-def _kernel_gradient_both(
+def _kernel_gradient_shifted(
   x_NHWC: jax.Array,
   dy_NHWC: jax.Array,
   size: int,
@@ -344,22 +344,22 @@ def _kernel_gradient_both(
   _, height, width, channels_out = dy_NHWC.shape
   border, rows = (size // 2, size // 2), height + size - 1
   x_NHWC = jnp.pad(x_NHWC, ((0, 0), border, border, (0, 0)))
-  left = _shifts(x_NHWC, (1, size), (rows, width))
+  left = _im2col(x_NHWC, (1, size), (rows, width))
   dy_NHWC = jnp.pad(dy_NHWC, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
-  right = _shifts(dy_NHWC, (size, 1), (rows, width))
+  right = _im2col(dy_NHWC, (size, 1), (rows, width))
   total = _sum_products(_flat(left), _flat(right), precision)
   # The first of the output's shifts meets the kernel's last row.
   total = total.reshape(size, -1, size, channels_out)
   return total.transpose(2, 0, 1, 3)[::-1]
 
 
-def _shifts(
+def _im2col(
   array_NHWC: jax.Array,
   shifts: tuple[int, int],
   size: tuple[int, int],
   stride: int = 1,
 ) -> jax.Array:
-  """Lays out every pixel with those below and to the right of it.
+  """Lays every pixel beside those below and to the right of it.
 
   Args:
     array_NHWC: (N, H, W, C).
@@ -381,24 +381,24 @@ def _shifts(
   )
 
 
-def _convolve_patches(
+def _convolve_im2col(
   x_NHWC: jax.Array,
   kernel_HWIO: jax.Array,
   stride: int,
   precision: lax.Precision | None,
 ) -> jax.Array:
-  """One product of all patches, laid out, with the whole kernel."""
+  """im2col: one product of all patches with the whole kernel."""
   size, _, channels_in, channels_out = kernel_HWIO.shape
   half = size // 2
   height, width = x_NHWC.shape[1:3]
   x_NHWC = jnp.pad(x_NHWC, ((0, 0), (half, half), (half, half), (0, 0)))
   outputs = tuple(-(-n // stride) for n in (height, width))
-  patches = _shifts(x_NHWC, (size, size), outputs, stride)
+  patches = _im2col(x_NHWC, (size, size), outputs, stride)
   kernel = kernel_HWIO.reshape(size * size * channels_in, channels_out)
   return _multiply(patches, kernel, precision)
 
 
-def _toom_cook() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _winograd_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Matrices that give 4 outputs of a 3-tap filter from 6 products, not 12.
 
   Both are polynomials, taken at six points, multiplied there and interpolated.
@@ -420,10 +420,10 @@ def _toom_cook() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return np.linalg.inv(powers(6)).T.round(12), powers(3), powers(4).T
 
 
-_INPUT, _KERNEL, _OUTPUT = _toom_cook()
+_INPUT, _KERNEL, _OUTPUT = _winograd_matrices()
 
 
-def _few_pixels(
+def _kernel_outweighs(
   x_NHWC: jax.Array, shape_HWIO: tuple[int, ...], stride: int
 ) -> bool:
   """Whether a 3x3 kernel outweighs the pixels that come out of it.
@@ -436,10 +436,10 @@ def _few_pixels(
   return size == 3 and 16 * pixels < 2 * channels_out
 
 
-def _tiles_pay(
+def _winograd_pays(
   x_NHWC: jax.Array, shape_HWIO: tuple[int, ...], stride: int
 ) -> bool:
-  """Whether tiles of four rows beat XLA's convolution on CPU.
+  """Whether Winograd's tiles of four rows beat XLA's convolution on CPU.
 
   They do not where most of the last tile is empty, nor where transforming the
   kernel, twice its size, costs more than it saves.
@@ -450,7 +450,7 @@ def _tiles_pay(
     and stride == 1
     and x_NHWC.dtype == jnp.float32
     and 4 * height >= 3 * (height + -height % 4)
-    and not _few_pixels(x_NHWC, shape_HWIO, stride)
+    and not _kernel_outweighs(x_NHWC, shape_HWIO, stride)
   )
 
 
@@ -481,13 +481,13 @@ def _tile_rows(padded_NHWC: jax.Array) -> list[jax.Array]:
   return [padded_NHWC[:, i : i + rows - 3 : 4] for i in range(6)]
 
 
-def _convolve_tiles(
+def _convolve_winograd(
   x_NHWC: jax.Array,
   kernel_HWIO: jax.Array,
   precision: lax.Precision | None,
-  turned: bool = False,
+  transposed: bool = False,
 ) -> jax.Array:
-  """A 3x3 convolution with half the products: four output rows from six.
+  """Winograd's 3x3 convolution, F(4, 3): four output rows from six products.
 
   Only rows are tiled. Tiling columns too would halve the products again, but
   the 36 arrays it moves and compiles cost more than that.
@@ -496,7 +496,8 @@ def _convolve_tiles(
     x_NHWC: (N, H, W, C).
     kernel_HWIO: (3, 3, C, channels out).
     precision: of the products.
-    turned: whether the kernel is another's with its channels exchanged.
+    transposed: whether the kernel is that of a transposed convolution: its
+      channels are exchanged in memory.
 
   Returns:
     (N, H, W, channels out).
@@ -504,8 +505,8 @@ def _convolve_tiles(
   batch, height, width, _ = x_NHWC.shape
   # XLA's convolution would exchange the channels in memory, element by element;
   # a product takes them as they lie, but lays out three columns for each pixel.
-  if turned and height * width <= 32 * 32:
-    convolve = _convolve_columns
+  if transposed and height * width <= 32 * 32:
+    convolve = _convolve_columns_im2col
   else:
 
     def convolve(
@@ -524,22 +525,22 @@ def _convolve_tiles(
   return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
 
 
-def _convolve_columns(
+def _convolve_columns_im2col(
   x_NHWC: jax.Array, kernel_WIO: jax.Array, precision: lax.Precision | None
 ) -> jax.Array:
-  """A 1x3 convolution as one product of every pixel and its neighbours."""
+  """A 1x3 convolution with im2col."""
   height, width = x_NHWC.shape[1:3]
-  patches = _shifts(x_NHWC, (1, 3), (height, width - 2))
+  patches = _im2col(x_NHWC, (1, 3), (height, width - 2))
   # Turned around twice: a kernel whose channels are exchanged lies in memory as
   # it is after the first, and a product takes the second without moving it.
   kernel = kernel_WIO.transpose(2, 0, 1).reshape(kernel_WIO.shape[2], -1)
   return _multiply(patches, kernel.T, precision)
 
 
-def _kernel_gradient_tiles(
+def _kernel_gradient_winograd(
   x_NHWC: jax.Array, dy_NHWC: jax.Array, precision: lax.Precision | None
 ) -> jax.Array:
-  """The kernel's gradient through the same tiles, with half the products.
+  """The kernel's gradient through Winograd's tiles, with half the products.
 
   Args:
     x_NHWC: (N, H, W, C).
@@ -553,7 +554,7 @@ def _kernel_gradient_tiles(
   # Which neighbour a pixel meets is laid out in the gradient, the narrower of
   # the two where they differ, and once, before its rows are combined.
   height, width = dy_NHWC.shape[1] - 2, dy_NHWC.shape[2] - 2
-  dy_NHWC = _shifts(dy_NHWC[:, 1:-1], (1, 3), (height, width))
+  dy_NHWC = _im2col(dy_NHWC[:, 1:-1], (1, 3), (height, width))
   outputs = [dy_NHWC[:, i::4] for i in range(4)]
   products = [
     _sum_products(

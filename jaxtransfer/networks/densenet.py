@@ -1,7 +1,8 @@
 """DenseNet as torchvision builds it. Source: torchvision.models.densenet."""
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import layers
+from jaxtransfer.networks.family import Family, Layout, children
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +159,37 @@ def _plan(spec: Spec) -> Iterator[tuple[str, str]]:
     if block < len(spec.depths):
       yield f"transition{block}", "transition"
   yield "norm5", "norm"
+
+
+# torch forbade dots inside module names after the DenseNets were published.
+_OLD_DENSE_LAYER = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
+
+
+def _rename_old(names: Sequence[str]) -> dict[str, str]:
+  return {name: _OLD_DENSE_LAYER.sub(r"\1\2", name) for name in names}
+
+
+FAMILY = Family(
+  name="densenet",
+  networks=NETWORKS,
+  layer_names=layer_names,
+  aliases=aliases,
+  make_layers=make_layers,
+  ends=("transition", "norm"),
+  layouts=(
+    Layout(
+      "conv0.weight", _rename_old, ("^classifier", "classifier", "^^fc_4")
+    ),
+    *children(("^classifier", "classifier")),
+  ),
+  head="classifier",
+  prefix="features.",
+  bare=("stem", "norm5"),
+  head_bias=False,
+  final_relu=True,
+  compresses=True,
+  assumed=(
+    "max-pool in the stem, average pooling in the transitions, no"
+    " anti-aliasing, ReLU, also after norm5"
+  ),
+)

@@ -1,6 +1,6 @@
 """A network as a chain of named layers, cut where asked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
+from jaxtransfer.networks.family import Family
 from jaxtransfer.networks.layers import bare, widened
 
 
@@ -16,7 +17,7 @@ class Network(nnx.Module):
 
   Args:
     name: the zoo's name.
-    family: whose names and initialiser hold ("resnet", "densenet", "cbr").
+    family: whose names and initialiser hold.
     layers: (layer name, module) in order, already cut. A module maps
       (x_NHWC, train) to the next x_NHWC, which may be `Measured`, knows its
       output's `channels`, and `macs(size)` gives its multiply-accumulates for
@@ -34,7 +35,7 @@ class Network(nnx.Module):
   def __init__(
     self,
     name: str,
-    family: str,
+    family: Family,
     layers: Sequence[tuple[str, nnx.Module]],
     aliases: Mapping[str, str],
     relu: bool,
@@ -65,7 +66,11 @@ class Network(nnx.Module):
     )
 
   def __call__(
-    self, images: jax.Array, *, train: bool | str = False, frozen: int = 0
+    self,
+    images: jax.Array,
+    *,
+    train: bool | str = False,
+    kept: Collection[int] = (),
   ) -> jax.Array:
     """Returns pooled features, or logits where the network has a head.
 
@@ -73,14 +78,14 @@ class Network(nnx.Module):
       images: (N, H, W, 3) float, normalised.
       train: normalise with the batch's statistics and update the running ones;
         the name of a mapped axis takes those of the batch over all its devices.
-      frozen: how many of the first layers run as in inference all the same.
+      kept: which layers, counted from 0, run as in inference all the same.
 
     Returns:
       (N, channels) or (N, num_classes) float32.
     """
     x_NHWC = images
     for i, layer in enumerate(self.layers):
-      x_NHWC = layer(x_NHWC, train if i >= frozen else False)
+      x_NHWC = layer(x_NHWC, False if i in kept else train)
     x_NHWC = bare(x_NHWC)
     if self.relu:
       x_NHWC = jax.nn.relu(x_NHWC)

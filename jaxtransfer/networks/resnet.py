@@ -4,13 +4,15 @@ Source: torchvision.models.resnet ("v1.5": the stride sits in the 3x3).
 """
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.networks import layers
+from jaxtransfer.networks.family import Family, Layout, children
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,3 +171,59 @@ def make_layers(
       yield f"layer{stage}.{i}", block
       channels = block.channels
       slim = slim or slim_after == f"layer{stage}.{i}"
+
+
+_HUGGING_FACE = (
+  (r"^embedder\.embedder\.convolution\.", r"conv1."),
+  (r"^embedder\.embedder\.normalization\.", r"bn1."),
+  (r"\.shortcut\.convolution\.", r".downsample.0."),
+  (r"\.shortcut\.normalization\.", r".downsample.1."),
+)
+_HUGGING_FACE_LAYER = re.compile(
+  r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:layer\.(\d+)\."
+  r"(convolution|normalization)\.)?"
+)
+
+
+def _rename_hugging_face(names: Sequence[str]) -> dict[str, str]:
+  renamed = {}
+  for name in names:
+    inner = name
+    for pattern, replacement in _HUGGING_FACE:
+      inner = re.sub(pattern, replacement, inner)
+    if match := _HUGGING_FACE_LAYER.match(inner):
+      stage, block, number, kind = match.groups()
+      inside = ""
+      if number is not None:
+        kind = "conv" if kind == "convolution" else "bn"
+        inside = f"{kind}{int(number) + 1}."
+      rest = inner[match.end() :]
+      inner = f"layer{int(stage) + 1}.{block}.{inside}{rest}"
+    renamed[name] = inner
+  return renamed
+
+
+FAMILY = Family(
+  name="resnet",
+  networks=NETWORKS,
+  layer_names=layer_names,
+  aliases=aliases,
+  make_layers=make_layers,
+  ends=("layer",),
+  layouts=(
+    Layout("conv1.weight", heads=("fc",)),
+    Layout(
+      "embedder.embedder.convolution.weight",
+      _rename_hugging_face,
+      ("^classifier.1", "classifier.1"),
+    ),
+    *children(("fc",)),
+  ),
+  # torch numbers the two modules of a shortcut.
+  modules={"downsample.conv": "downsample.0", "downsample.bn": "downsample.1"},
+  fan="out",
+  assumed=(
+    "stride in the 3x3 convolutions, max-pool in the stem, no dilation, no"
+    " anti-aliasing, ReLU"
+  ),
+)

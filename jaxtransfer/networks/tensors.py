@@ -10,8 +10,6 @@ from flax import nnx
 
 from jaxtransfer.networks.network import Network
 
-_HEADS = {"resnet": "fc", "densenet": "classifier", "cbr": "fc"}
-_PREFIXES = {"resnet": "", "densenet": "features.", "cbr": ""}
 _SUFFIXES = {
   "kernel": "weight",
   "scale": "weight",
@@ -19,35 +17,26 @@ _SUFFIXES = {
   "mean": "running_mean",
   "var": "running_var",
 }
-# torch numbers the two modules of a ResNet shortcut.
-_MODULES = {"downsample.conv": "downsample.0", "downsample.bn": "downsample.1"}
-# These two layers lie beside the others in torch's tree, not in a module.
-_UNNAMED = ("stem", "norm5")
 
 
 def _variables(model: Network) -> Iterator[tuple[str, nnx.Variable]]:
   """Yields (torchvision name, variable), in the network's order."""
-  prefix = _PREFIXES[model.family]
+  family = model.family
   for name, layer in zip(model.layer_names, model.layers, strict=True):
-    inside = prefix if name in _UNNAMED else f"{prefix}{name}."
-    yield from _under(inside, layer)
+    module = "" if name in family.bare else f"{name}."
+    yield from _under(f"{family.prefix}{module}", layer, family.modules)
   if model.head is not None:
-    yield from _under(f"{_HEADS[model.family]}.", model.head)
+    yield from _under(f"{family.head}.", model.head, {})
 
 
 def _under(
-  prefix: str, module: nnx.Module
+  prefix: str, module: nnx.Module, modules: Mapping[str, str]
 ) -> Iterator[tuple[str, nnx.Variable]]:
   for path, variable in nnx.to_flat_state(nnx.state(module)):
     parts = ".".join(map(str, path[:-1]))
-    parts = _MODULES.get(parts, parts)
+    parts = modules.get(parts, parts)
     inside = f"{parts}." if parts else ""
     yield f"{prefix}{inside}{_SUFFIXES[path[-1]]}", variable
-
-
-def head_names(family: str) -> tuple[str, str]:
-  """Returns the names of the head's weight and bias."""
-  return f"{_HEADS[family]}.weight", f"{_HEADS[family]}.bias"
 
 
 def shapes(model: Network) -> dict[str, tuple[int, ...]]:
@@ -116,15 +105,15 @@ def random(model: Network, seed: int) -> dict[str, np.ndarray]:
     fan-out) and torchvision.models.densenet (Kaiming normal, fan-in), and
     torch.nn.Linear. CBR's is not published; it gets Kaiming normal, fan-in.
   """
-  head = head_names(model.family)
+  family = model.family
   values = {}
   for name, shape in shapes(model).items():
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if len(shape) == 4:
-      fan = shape[0] if model.family == "resnet" else shape[1]
+      fan = shape[0] if family.fan == "out" else shape[1]
       std = np.sqrt(2 / (fan * shape[2] * shape[3]))
       value = generator.standard_normal(shape) * std
-    elif name in head and (len(shape) == 2 or model.family != "densenet"):
+    elif name in family.head_names and (len(shape) == 2 or family.head_bias):
       fan = model.head.kernel.shape[0]
       value = generator.uniform(-1, 1, shape) / np.sqrt(fan)
     else:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from collections.abc import Iterator
 
 import jax
@@ -11,13 +10,14 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import cbr, densenet, resnet
+from jaxtransfer.networks.family import Family
 from jaxtransfer.networks.network import (
   Network,
   stage_names,
   unknown_layer,
 )
 
-_FAMILIES = {"resnet": resnet, "densenet": densenet, "cbr": cbr}
+_FAMILIES = (resnet.FAMILY, densenet.FAMILY, cbr.FAMILY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Layer:
 
 def list_models() -> list[str]:
   """Returns the names that `create_model` knows, sorted."""
-  return sorted(n for module in _FAMILIES.values() for n in module.NETWORKS)
+  return sorted(name for known in _FAMILIES for name in known.networks)
 
 
-def family(name: str) -> str:
-  """Returns "resnet", "densenet" or "cbr".
+def family(name: str) -> Family:
+  """Returns the family that a network is of.
 
   Raises:
     UsageError: no such network.
   """
-  for known, module in _FAMILIES.items():
-    if name in module.NETWORKS:
+  for known in _FAMILIES:
+    if name in known.networks:
       return known
   raise errors.UsageError(
     f"no network {name!r}{errors.nearest(name, list_models())}"
@@ -192,10 +192,9 @@ def build(
   Source: `slim_after` is the hybrid of Raghu et al. 2019, arXiv:1902.07208.
   """
   kind = family(name)
-  module: types.ModuleType = _FAMILIES[kind]
-  spec = module.NETWORKS[name]
-  names = module.layer_names(spec)
-  aliases = module.aliases(spec)
+  spec = kind.networks[name]
+  names = kind.layer_names(spec)
+  aliases = kind.aliases(spec)
   last = names[-1] if until is None else aliases.get(until, until)
   if last not in names:
     raise unknown_layer(name, until, names, aliases)
@@ -211,7 +210,7 @@ def build(
 
   def construct() -> Network:
     kept = []
-    for layer in module.make_layers(spec, dtype, full):
+    for layer in kind.make_layers(spec, dtype, full):
       kept.append(layer)
       if layer[0] == last:
         break
@@ -220,7 +219,7 @@ def build(
       kind,
       kept,
       aliases,
-      relu=kind == "densenet" and until is None and final_relu,
+      relu=kind.final_relu and until is None and final_relu,
       num_classes=num_classes,
       dtype=dtype,
       flatten=flatten,

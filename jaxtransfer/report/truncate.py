@@ -384,8 +384,9 @@ def pareto(summary: Mapping[str, Any]) -> Figure | None:
 
 def _name(row: Mapping[str, Any]) -> str:
   name = tables.shorten(str(row.get("name") or row.get("method") or "unnamed"))
-  # The CBR networks are always random: saying so would set none apart.
-  always = str(row.get("method")).startswith("cbr")
+  # A small network, which has no cut, is always random: saying so would set
+  # none apart.
+  always = not row.get("cut")
   if row.get("weights") != "random" or always or "random" in name.lower():
     return name
   return f"{name}, random"

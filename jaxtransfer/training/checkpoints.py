@@ -69,8 +69,8 @@ class _NewestAndBest:
   ) -> list[bool]:
     newest = self._newest.should_preserve(checkpoints, context=context)
     return [
-      new or found.step == self.best
-      for new, found in zip(newest, checkpoints, strict=True)
+      new or checkpoint.step == self.best
+      for new, checkpoint in zip(newest, checkpoints, strict=True)
     ]
 
 
@@ -203,15 +203,15 @@ class Checkpoints:
       RunError: there are checkpoints, but none is whole, or the disk or the
         memory does not let one be read; all are left as they are.
     """
-    found, about, notes = None, None, []
+    read, about, notes = None, None, []
     if self._manager is not None:
-      found, about, notes = self._read(tree)
-    about, notes = parallel.everyone([about, notes])[0]
+      read, about, notes = self._read(tree)
+    about, notes = parallel.all_gather([about, notes])[0]
     if about is None:
       return None, notes
     self.newest, self._kept.best = about["number"], about["best"]
     # The other processes give what has the right shapes.
-    whole = parallel.from_first(tree if found is None else found)
+    whole = parallel.broadcast(tree if read is None else read)
     return Saved(whole, **{k: about[k] for k in _ABOUT if k != "best"}), notes
 
   def _read(self, tree: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
@@ -222,15 +222,15 @@ class Checkpoints:
     damaged: dict[int, str] = {}
     for number in sorted(self._manager.all_steps(), reverse=True):
       try:
-        found = self._manager.restore(
+        restored = self._manager.restore(
           number,
           args=ocp.args.Composite(
             arrays=ocp.args.StandardRestore(shapes),
             about=ocp.args.JsonRestore(),
           ),
         )
-        arrays = {n: np.asarray(x) for n, x in found["arrays"].items()}
-        about = found["about"]
+        arrays = {n: np.asarray(x) for n, x in restored["arrays"].items()}
+        about = restored["about"]
         for name, value in arrays.items():
           if _checksum(value) != about["checksums"][name]:
             raise ValueError(f"{name} has another checksum")

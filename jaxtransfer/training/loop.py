@@ -1,4 +1,9 @@
-"""Training from the first step, or from a checkpoint, to the last."""
+"""Training from the first step, or from a checkpoint, to the last.
+
+What is trained, and on what, is a task's affair. The loop keeps what all of
+them need: checkpoints and lines, the best epoch, patience, the decisions of a
+schedule between epochs, preemption, and what could not be read.
+"""
 
 import collections
 import contextlib
@@ -15,17 +20,16 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxtransfer import errors, files, parallel, signals
+from jaxtransfer import errors, files, inference, parallel, signals
 from jaxtransfer.data import pipeline
 from jaxtransfer.measure.metrics import METRICS
-from jaxtransfer.networks.network import Network
+from jaxtransfer.networks.functional import Arrays, Numbers
 from jaxtransfer.training import checkpoints, optimisers, steps
 
 # Steps given to the devices before one of them has ended: the devices never
-# wait, and images do not pile up in their memory.
+# wait, and batches do not pile up in their memory.
 _AHEAD = 2
 
-Numbers = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 Record = dict[str, Any]
 
 
@@ -39,6 +43,93 @@ class Journal(Protocol):
     """Writes these lines in place of all that are there."""
 
 
+class Batches(Protocol):
+  """The batches of a whole training, all epochs, in a fixed order.
+
+  Attributes:
+    failures: (name, reason) of all that could not be read so far.
+  """
+
+  failures: pipeline.Failures
+
+  def __len__(self) -> int:
+    """Returns how many there are, the same number in each epoch."""
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    """Returns the next batch: this process's part of it."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the place in the order, as JSON values.
+
+    `failures` in it are (row, reason) of what could not be read so far.
+    """
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to where `get_state` was called."""
+
+  def add_failures(self, failures: inference.Failures) -> None:
+    """Takes up what others could not read."""
+
+  def close(self) -> None:
+    """Ends whatever reads."""
+
+
+class Task(Protocol):
+  """What is trained.
+
+  Attributes:
+    batches: of all epochs; the loop closes them.
+    recipe: what a step does, for the lines.
+    failures: name -> why it could not be read; the loop adds what training and
+      validation met.
+  """
+
+  batches: Batches
+  recipe: steps.Recipe
+  failures: dict[str, str]
+
+  def first_state(self) -> steps.State:
+    """Returns the state before the first step, always the same."""
+
+  def step(self, epoch: int) -> Callable[..., tuple[steps.State, Arrays]]:
+    """Returns the compiled step of an epoch.
+
+    Asked before each of its steps. What it does may change between epochs, for
+    instance which parameters are kept, but not the state's structure.
+
+    Args:
+      epoch: from 1.
+
+    Returns:
+      (state, batch as `put` returns it) -> (state, {"loss": ()}); the state
+      given to it is donated.
+    """
+
+  def put(self, batch: dict[str, np.ndarray]) -> Any:
+    """Sends a batch to the devices, without waiting for it."""
+
+  def validate(
+    self,
+    numbers: Numbers,
+    failures: inference.Failures,
+    stop: Callable[[], bool],
+  ) -> tuple[dict[str, Any], inference.Failures]:
+    """Measures numbers on the validation split.
+
+    Args:
+      numbers: parameters and statistics, on the devices.
+      failures: (row, reason) of what earlier validations could not read.
+      stop: to be asked between batches whether the process has to end.
+
+    Returns:
+      The metrics, `loss` and the settings' metric among them, and all that
+      could not be read.
+
+    Raises:
+      inference.Stopped: `stop` said so.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How long to train and what to write down.
@@ -50,10 +141,13 @@ class Settings:
     checkpoint_steps: steps from checkpoint to checkpoint; one more is saved
       after every epoch.
     checkpoints: how many are kept.
-    images: of the training split.
-    max_failures: share of unreadable images that stops the run.
+    schedule: for what is decided between epochs.
+    batch_size: examples of a step over all devices.
+    examples: of the training split.
+    max_failures: share of unreadable examples that stops the run.
     patience: epochs without a better one after which training ends; 0 for
       never.
+    unit: what an example is, for the lines.
 
   Raises:
     UsageError: a value out of range.
@@ -64,9 +158,12 @@ class Settings:
   log_steps: int
   checkpoint_steps: int
   checkpoints: int
-  images: int
+  schedule: optimisers.Schedule
+  batch_size: int
+  examples: int
   max_failures: float
   patience: int = 0
+  unit: str = "images"
 
   def __post_init__(self):
     optimisers.check_range("patience", self.patience, least=0)
@@ -83,8 +180,6 @@ class Fitted:
     epoch: which it was, from 1.
     records: the lines of metrics.jsonl.
     notes: what the user should know, a line each.
-    failures: (name, reason) of images of training and validation that could
-      not be read, in this start of the run or one before.
     ended: whether training is over; False where `stop_after` paused it.
   """
 
@@ -92,44 +187,26 @@ class Fitted:
   epoch: int
   records: list[Record]
   notes: list[str]
-  failures: list[tuple[str, str]]
   ended: bool
 
 
-class _Preempted(Exception):
-  """The process was asked to end."""
-
-
 def fit(
-  network: Network,
-  recipe: steps.Recipe,
-  schedule: optimisers.Schedule,
+  task: Task,
   settings: Settings,
   *,
-  train: pipeline.Batches,
-  validate: Callable[[], pipeline.Batches],
-  score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
   devices: parallel.Devices,
   directory: pathlib.Path,
   journal: Journal,
-  seed: int,
   stop_after: int | None = None,
 ) -> Fitted:
-  """Trains a network; the same call after any stop goes on where it was.
+  """Trains; the same call after any stop goes on where it was.
 
   Args:
-    network: as training begins; it is not changed.
-    recipe: what a step does.
-    schedule: for what is decided between epochs.
+    task: what is trained.
     settings: how long, and what to write down.
-    train: shuffled batches of all epochs; it is closed.
-    validate: makes the validation batches, in order.
-    score: (rows, logits (N, C)) -> the metrics of the validation split, `loss`
-      and `settings.metric` among them.
     devices: where.
     directory: for `checkpoints/`.
     journal: takes the lines of metrics.jsonl.
-    seed: of what is random in the steps.
     stop_after: epochs, counted from the first, after which to pause; the same
       call without it goes on as if there had been no pause.
 
@@ -137,249 +214,239 @@ def fit(
     The best epoch's numbers, and all that was logged.
 
   Raises:
-    RunError: the loss is no number, too many images cannot be read, or a
+    RunError: the loss is no number, too many examples cannot be read, or a
       checkpoint cannot be written.
     SystemExit: 143 after SIGTERM, once the state is saved; on several
       processes all end at the same step, whichever got the signal.
   """
-  graph, params, statistics = steps.take_apart(network)
-  step = devices.compile_step(steps.make_step(graph, recipe))
-  forward = devices.compile(steps.make_predict(graph, recipe.mean, recipe.std))
-  state = steps.first_state(network, recipe, seed)
-  best: Numbers = jax.tree.map(np.array, (params, statistics))
-  per_epoch = len(train) // settings.epochs
-  learning_rate = recipe.optimiser.learning_rate
   with (
     _preemption() as asked_to_end,
-    pipeline.prefetch(train, lambda b: devices.put(filled(b))) as batches,
+    pipeline.prefetch(task.batches, task.put) as batches,
     checkpoints.Checkpoints(
       directory / "checkpoints", settings.checkpoints
     ) as kept,
   ):
-    preempted = devices.agreed(asked_to_end)
-    found, notes = kept.restore((state, best))
-    records: list[Record] = []
+    run = _Run(
+      task,
+      settings,
+      devices,
+      journal,
+      batches,
+      kept,
+      devices.agreed(asked_to_end),
+    )
+    try:
+      ended = run.train(stop_after)
+    except inference.Stopped:
+      run.save()
+      kept.wait()
+      raise SystemExit(signals.PREEMPTED) from None
+    return run.fitted(ended)
+
+
+class _Run:
+  """A training in hand: the state, what was logged, and the place in it."""
+
+  def __init__(
+    self,
+    task: Task,
+    settings: Settings,
+    devices: parallel.Devices,
+    journal: Journal,
+    batches: pipeline.Prefetched,
+    kept: checkpoints.Checkpoints,
+    preempted: Callable[[], bool],
+  ):
+    self._task = task
+    self._settings = settings
+    self._devices = devices
+    self._journal = journal
+    self._batches = batches
+    self._kept = kept
+    self._preempted = preempted
+    self._steps = len(task.batches)
+    self._per_epoch = self._steps // settings.epochs
+    self._records: list[Record] = []
+    self._unreadable: inference.Failures = []  # of validation
     # Of the epoch in hand, but for the first step of a process, which
     # compiles: before the last pause of the clock, and when it went on.
-    spent, began = 0.0, None
-    unreadable: list[list[Any]] = []  # (row, reason), of validation
-    if found is not None:
-      (state, best), records = found.tree, files.finite(found.records)
-      spent = found.seconds
-      batches.set_state(found.place)
-      unreadable = found.place["unreadable"]
-      if found.devices != str(devices):
-        notes.append(
-          f"resumed on {devices} after {found.devices}: the numbers are those"
-          " of an uninterrupted run only up to rounding"
+    self._spent, self._began = 0.0, None
+    self._clock = _Clock(settings.unit)
+    self._running: collections.deque[jax.Array] = collections.deque()
+    state = task.first_state()
+    self._best = jax.tree.map(np.array, steps.trained_numbers(state))
+    state = self._restore(state)
+    self._done = int(state.step)
+    self._state = devices.replicate(state)
+
+  def _restore(self, state: steps.State) -> steps.State:
+    """Returns the state to go on from: the newest saved, or the first."""
+    saved, self._notes = self._kept.restore((state, self._best))
+    if saved is not None:
+      (state, self._best), self._records = (
+        saved.tree,
+        files.finite(saved.records),
+      )
+      self._spent = saved.seconds
+      self._batches.set_state(saved.place)
+      self._unreadable = saved.place["unreadable"]
+      if saved.devices != str(self._devices):
+        self._notes.append(
+          f"resumed on {self._devices} after {saved.devices}: the numbers are"
+          " those of an uninterrupted run only up to rounding"
         )
-    journal.replace_log(records)
-    for note in notes:
+    self._journal.replace_log(self._records)
+    for note in self._notes:
       print(note, flush=True)
-    done = int(state.step)
-    state = devices.replicate(state)
+    return state
 
-    def write(**record: Any) -> None:
-      # As a checkpoint gives them back: what is no number is null.
-      record = files.finite(record)
-      records.append(record)
-      journal.log(**record)
+  def train(self, stop_after: int | None) -> bool:
+    """Trains to the end or to a pause; returns whether it is the end.
 
-    def seconds() -> float:
-      return spent if began is None else spent + time.monotonic() - began
-
-    def save(is_best: bool = False) -> None:
-      # An epoch's end is saved once before its validation and once after it.
-      number = done + len(epochs_of(records))
-      if number != kept.newest:
-        place = dict(batches.get_state())
-        place["failures"] = _of_everyone(place["failures"])
-        place["unreadable"] = unreadable
-        kept.save(
-          number,
-          (state, best),
-          place,
-          records,
-          str(devices),
-          seconds=seconds(),
-          is_best=is_best,
-        )
-
-    clock = _Clock()
-    running: collections.deque[jax.Array] = collections.deque()
-    bar = tqdm.tqdm(
-      total=len(train),
-      initial=done,
+    Raises:
+      inference.Stopped: the process was asked to end.
+    """
+    with tqdm.tqdm(
+      total=self._steps,
+      initial=self._done,
       desc="training",
       unit=" steps",
       disable=None if parallel.is_first() else True,
-    )
-    try:
+    ) as bar:
       while True:
-        if done == (len(epochs_of(records)) + 1) * per_epoch:
-          jax.block_until_ready(state.step)
-          spent, began = seconds(), None
-          started = time.monotonic()
-          numbers = steps.trained_numbers(state)
-          with validate() as val:
-            val.add_failures(unreadable)
-            rows, logits = predict(forward, numbers, val, devices, preempted)
-            unreadable = val.get_state()["failures"]
-          scores = score(rows, logits)
-          is_best = _is_best(records, scores, settings.metric)
-          if is_best:
-            best = jax.tree.map(np.array, jax.device_get(numbers))
-          write(
-            event="epoch",
-            epoch=done // per_epoch,
-            step=done,
-            **_means(state),
-            val=scores,
-            timing={
-              "training_seconds": spent,
-              "validation_seconds": time.monotonic() - started,
-            },
-          )
-          scale = schedule.scale(_val_losses(records))
-          state = dataclasses.replace(
-            state,
-            sums=devices.replicate(steps.no_sums()),
-            scale=devices.replicate(np.float32(scale)),
-          )
-          spent = 0.0
-          save(is_best)
-          clock, began = _Clock(), time.monotonic()
-        ended = (
-          done == len(train)
-          or schedule.ended(learning_rate, _val_losses(records))
-          or _waited_enough(records, settings)
-        )
-        paused = len(epochs_of(records)) >= (stop_after or math.inf)
-        if ended or paused:
-          break
-        if preempted():
-          raise _Preempted
-        with clock.waiting():
-          batch = next(batches)
-        state, metrics = step(state, batch)
-        done += 1
+        if self._done == (len(epochs_of(self._records)) + 1) * self._per_epoch:
+          self._end_epoch()
+        if self._has_ended():
+          return True
+        if len(epochs_of(self._records)) >= (stop_after or math.inf):
+          return False
+        if self._preempted():
+          raise inference.Stopped
+        self._step()
         bar.update()
-        running.append(metrics["loss"])
-        if len(running) > _AHEAD:
-          running.popleft().block_until_ready()
-        clock.tick(metrics["loss"], batch["label"].size)
-        if began is None:
-          began = time.monotonic()
-        if done % settings.log_steps == 0:
-          write(
-            event="train",
-            epoch=1 + (done - 1) // per_epoch,
-            step=done,
-            **_means(state),
-            learning_rate=float(
-              learning_rate
-              * recipe.schedule(done - 1)
-              * jax.device_get(state.scale)
-            ),
-            timing=clock.read(),
-          )
-        if done % per_epoch == 0 or done % settings.log_steps == 0:
-          _share_failures(train)
-          pipeline.too_many(
-            train.failures, settings.images, settings.max_failures
-          )
-        if done % settings.checkpoint_steps == 0 and done % per_epoch:
-          save()
-    except _Preempted:
-      save()
-      kept.wait()
-      raise SystemExit(signals.PREEMPTED) from None
-    finally:
-      bar.close()
-    _share_failures(train)
-    train.add_failures(unreadable)
-    return Fitted(
-      best,
-      best_epoch(records, settings.metric),
-      records,
-      notes,
-      train.failures,
-      ended,
+        self._after_step()
+
+  def save(self, is_best: bool = False) -> None:
+    """Begins to save where training is, if it is not saved yet."""
+    # An epoch's end is saved once before its validation and once after it.
+    number = self._done + len(epochs_of(self._records))
+    if number == self._kept.newest:
+      return
+    place = dict(self._batches.get_state())
+    place["failures"] = inference.gather_failures(place["failures"])
+    place["unreadable"] = self._unreadable
+    self._kept.save(
+      number,
+      (self._state, self._best),
+      place,
+      self._records,
+      str(self._devices),
+      seconds=self._seconds(),
+      is_best=is_best,
     )
 
+  def fitted(self, ended: bool) -> Fitted:
+    """Returns what training came to, and tells the task what was unreadable."""
+    batches = self._task.batches
+    inference.share_failures(batches)
+    batches.add_failures(self._unreadable)
+    self._task.failures |= dict(batches.failures)
+    epoch = best_epoch(self._records, self._settings.metric)
+    return Fitted(self._best, epoch, self._records, self._notes, ended)
 
-def predict(
-  forward: Callable[[Numbers, Any], jax.Array],
-  numbers: Numbers,
-  batches: pipeline.Batches,
-  devices: parallel.Devices,
-  stop: Callable[[], bool] = lambda: False,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the logits of all images that could be read.
+  def _step(self) -> None:
+    step = self._task.step(1 + self._done // self._per_epoch)
+    with self._clock.waiting():
+      batch = next(self._batches)
+    self._state, metrics = step(self._state, batch)
+    self._done += 1
+    self._running.append(metrics["loss"])
+    if len(self._running) > _AHEAD:
+      self._running.popleft().block_until_ready()
+    self._clock.tick(metrics["loss"], self._settings.batch_size)
+    if self._began is None:
+      self._began = time.monotonic()
 
-  Args:
-    forward: `steps.make_predict`, compiled.
-    numbers: parameters and statistics on the devices.
-    batches: in order.
-    devices: where it was compiled for.
-    stop: asked between batches whether the process has to end.
+  def _after_step(self) -> None:
+    """Does what is due every so many steps."""
+    settings, recipe = self._settings, self._task.recipe
+    is_logged = self._done % settings.log_steps == 0
+    is_last = self._done % self._per_epoch == 0
+    if is_logged:
+      self._write(
+        event="train",
+        epoch=1 + (self._done - 1) // self._per_epoch,
+        step=self._done,
+        **_means(self._state),
+        learning_rate=float(
+          recipe.optimiser.learning_rate
+          * recipe.schedule(self._done - 1)
+          * jax.device_get(self._state.scale)
+        ),
+        timing=self._clock.read(),
+      )
+    if is_logged or is_last:
+      inference.share_failures(self._task.batches)
+      pipeline.too_many(
+        self._task.batches.failures, settings.examples, settings.max_failures
+      )
+    if self._done % settings.checkpoint_steps == 0 and not is_last:
+      self.save()
 
-  Returns:
-    (N,) int64 rows of the source and (N, C) float32 logits: all of them, and
-    the failures of `batches` too, on every process.
-  """
-  rows, logits = [], []
-  # One batch is on its way while the one before is fetched.
-  last = None
+  def _end_epoch(self) -> None:
+    """Validates, writes the epoch's line, and decides what follows."""
+    jax.block_until_ready(self._state.step)
+    self._spent, self._began = self._seconds(), None
+    started = time.monotonic()
+    numbers = steps.trained_numbers(self._state)
+    scores, self._unreadable = self._task.validate(
+      numbers, self._unreadable, self._preempted
+    )
+    is_best = _is_best(self._records, scores, self._settings.metric)
+    if is_best:
+      self._best = jax.tree.map(np.array, jax.device_get(numbers))
+    self._write(
+      event="epoch",
+      epoch=self._done // self._per_epoch,
+      step=self._done,
+      **_means(self._state),
+      val=scores,
+      timing={
+        "training_seconds": self._spent,
+        "validation_seconds": time.monotonic() - started,
+      },
+    )
+    scale = self._settings.schedule.scale(_val_losses(self._records))
+    self._state = dataclasses.replace(
+      self._state,
+      sums=self._devices.replicate(
+        {name: np.zeros((), np.float32) for name in self._state.sums}
+      ),
+      scale=self._devices.replicate(np.float32(scale)),
+    )
+    self._spent = 0.0
+    self.save(is_best)
+    self._clock = _Clock(self._settings.unit)
+    self._began = time.monotonic()
 
-  def fetch() -> None:
-    about, output = last
-    row, mask = jax.device_get(about)
-    rows.append(row[mask])
-    logits.append(devices.get(output)[mask])
+  def _has_ended(self) -> bool:
+    rate = self._task.recipe.optimiser.learning_rate
+    return (
+      self._done == self._steps
+      or self._settings.schedule.ended(rate, _val_losses(self._records))
+      or _waited_enough(self._records, self._settings)
+    )
 
-  for batch in batches:
-    if stop():
-      raise _Preempted
-    output = forward(numbers, devices.put(batch["image"]))
-    if last is not None:
-      fetch()
-    about = batch["row"].astype(np.int32), batch["mask"]
-    last = devices.share(about), output
-  if last is not None:
-    fetch()
-  _share_failures(batches)
-  return np.concatenate(rows).astype(np.int64), np.concatenate(logits)
+  def _write(self, **record: Any) -> None:
+    # As a checkpoint gives them back: what is no number is null.
+    record = files.finite(record)
+    self._records.append(record)
+    self._journal.log(**record)
 
-
-def _of_everyone(failures: list[list[Any]]) -> list[list[Any]]:
-  """Returns (row, reason) of what any process could not read."""
-  found = [pair for part in parallel.everyone(failures) for pair in part]
-  return [list(pair) for pair in dict(found).items()]
-
-
-def _share_failures(batches: pipeline.Batches) -> None:
-  batches.add_failures(_of_everyone(batches.get_state()["failures"]))
-
-
-def filled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Puts readable images in the place of those that are not, for BatchNorm.
-
-  Their mask stays False, so they count for nothing in the loss; a black image
-  would count in the batch's statistics.
-
-  Args:
-    batch: as the pipeline makes it.
-
-  Returns:
-    The batch with int32 rows; one without any readable image is as it was.
-  """
-  image, mask = batch["image"], batch["mask"]
-  good, bad = np.flatnonzero(mask), np.flatnonzero(~mask)
-  if len(good) and len(bad):
-    image = image.copy()
-    image[bad] = image[good[np.arange(len(bad)) % len(good)]]
-  return {**batch, "image": image, "row": batch["row"].astype(np.int32)}
+  def _seconds(self) -> float:
+    if self._began is None:
+      return self._spent
+    return self._spent + time.monotonic() - self._began
 
 
 def epochs_of(records: Sequence[Record]) -> list[Record]:
@@ -427,7 +494,7 @@ def _val_losses(records: Sequence[Record]) -> list[float]:
 
 
 def _means(state: steps.State) -> dict[str, float]:
-  """Returns loss and accuracy of the epoch so far; waits for the step."""
+  """Returns the means of the epoch so far; waits for the step."""
   sums = {k: float(v) for k, v in jax.device_get(state.sums).items()}
   loss = sums["loss"] / max(sums["weight"], 1e-12)
   if not math.isfinite(loss):
@@ -436,18 +503,24 @@ def _means(state: steps.State) -> dict[str, float]:
       " config.optimiser.learning_rate or set config.optimiser.clip_norm, in"
       " another workdir"
     )
-  accuracy = sums["hits"] / max(sums["decisions"], 1.0)
-  return {"loss": loss, "accuracy": accuracy}
+  if "decisions" not in sums:
+    return {"loss": loss}
+  return {"loss": loss, "accuracy": sums["hits"] / max(sums["decisions"], 1.0)}
 
 
 class _Clock:
-  """Images a second, and how much of the time went into waiting for them."""
+  """Examples a second, and the share of time that went into waiting for them.
 
-  def __init__(self):
+  Args:
+    unit: what an example is.
+  """
+
+  def __init__(self, unit: str):
+    self._unit = unit
     self._started: float | None = None
     self._waited = 0.0
     self._steps = 0
-    self._images = 0
+    self._examples = 0
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -455,34 +528,34 @@ class _Clock:
     yield
     self._waited += time.monotonic() - started
 
-  def tick(self, result: jax.Array, images: int) -> None:
+  def tick(self, result: jax.Array, examples: int) -> None:
     """Counts a step; the first one compiles, and only starts the clock."""
     if self._started is None:
       result.block_until_ready()
       self._restart()
       return
     self._steps += 1
-    self._images += images
+    self._examples += examples
 
   def read(self) -> dict[str, float]:
     """Returns what was measured since it was last read."""
     seconds = time.monotonic() - self._started
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     if self._steps:
-      found = {
-        "images_per_second": self._images / seconds,
+      measured = {
+        f"{self._unit}_per_second": self._examples / seconds,
         "step_seconds": seconds / self._steps,
         "waiting_share": self._waited / seconds,
       }
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
-      found["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+      measured["peak_memory_bytes"] = memory["peak_bytes_in_use"]
     self._restart()
-    return found
+    return measured
 
   def _restart(self) -> None:
     self._started = time.monotonic()
-    self._waited, self._steps, self._images = 0.0, 0, 0
+    self._waited, self._steps, self._examples = 0.0, 0, 0
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import optax
 
 from jaxtransfer import errors
 from jaxtransfer.errors import check_range
+from jaxtransfer.networks import functional
 
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "one_cycle", "plateau")
@@ -23,8 +24,7 @@ class Optimiser:
   Attributes:
     name: "adam" and "sgd" (Nesterov) add the weight decay to the gradient, as
       torch's do; "adamw" takes it off the weights.
-    learning_rate: of the head, at the schedule's peak.
-    backbone: learning rate of all else, as a share of the head's.
+    learning_rate: at the schedule's peak, of what has the whole rate.
     momentum: of sgd.
     weight_decay: of kernels; biases and normalisation have none.
     clip_norm: largest norm of the gradient of all parameters; 0 for no limit.
@@ -35,7 +35,6 @@ class Optimiser:
 
   name: str
   learning_rate: float
-  backbone: float
   momentum: float
   weight_decay: float
   clip_norm: float
@@ -43,19 +42,28 @@ class Optimiser:
   def __post_init__(self):
     check_one_of("optimiser.name", self.name, OPTIMISERS)
     check_range("optimiser.learning_rate", self.learning_rate, above=0)
-    check_range("optimiser.backbone", self.backbone, above=0)
     check_range("optimiser.momentum", self.momentum, least=0, below=1)
     check_range("optimiser.weight_decay", self.weight_decay, least=0)
     check_range("optimiser.clip_norm", self.clip_norm, least=0)
 
-  def direction(self) -> optax.GradientTransformation:
-    """Returns gradient -> direction; the step takes the rate times it away."""
+  def direction(
+    self, rate: Callable[[str], float]
+  ) -> optax.GradientTransformation:
+    """Returns gradient -> direction; the step takes the rate times it away.
+
+    Args:
+      rate: of every parameter by its name; what has none does not decay.
+    """
     clip = (
       optax.clip_by_global_norm(self.clip_norm)
       if self.clip_norm
       else optax.identity()
     )
-    decay = optax.add_decayed_weights(self.weight_decay, mask=_kernels)
+
+    def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+      return {n: n.endswith(".kernel") and rate(n) > 0 for n in params}
+
+    decay = optax.add_decayed_weights(self.weight_decay, mask=decayed)
     if not self.weight_decay:
       decay = optax.identity()
     if self.name == "adamw":
@@ -66,13 +74,33 @@ class Optimiser:
       return optax.chain(clip, decay)
     return optax.chain(clip, decay, optax.trace(self.momentum, nesterov=True))
 
-  def rates(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Returns the learning rate of every parameter at the schedule's peak."""
-    return {
-      name: self.learning_rate
-      * (1.0 if name.startswith("head.") else self.backbone)
-      for name in params
-    }
+
+def layer_rates(
+  first: int, backbone: float, *, norms: bool = True
+) -> Callable[[str], float]:
+  """Returns the rates of a network that is trained from some layer on.
+
+  Args:
+    first: which layer that is, counted from 0; those before it are kept as
+      they are.
+    backbone: rate of the layers, as a share of that of all else: the head.
+    norms: whether the layers' normalisation is trained.
+
+  Returns:
+    A parameter's name, as `networks.functional` gives it -> its share of the
+    learning rate; 0 where it is kept as it is.
+  """
+
+  def rate(name: str) -> float:
+    layer = functional.layer_of(name)
+    if layer is None:
+      return 1.0
+    # The layers' convolutions have no bias: both are normalisation's.
+    if layer < first or not norms and name.endswith((".scale", ".bias")):
+      return 0.0
+    return backbone
+
+  return rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +115,7 @@ class Schedule:
     warmup_epochs: of cosine.
     factor: of plateau.
     patience: of plateau, epochs.
-    floor: of plateau: training ends when the head's learning rate falls below
-      it.
+    floor: of plateau: training ends when the learning rate falls below it.
 
   Raises:
     UsageError: a value out of range.
@@ -165,10 +192,6 @@ class Schedule:
       self.name == "plateau"
       and learning_rate * self.scale(val_losses) < self.floor
     )
-
-
-def _kernels(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-  return {name: name.endswith(".kernel") for name in params}
 
 
 def check_one_of(key: str, value: str, known: Sequence[str]) -> None:

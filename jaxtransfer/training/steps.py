@@ -1,27 +1,21 @@
 """One step of training, as a pure function, and the state it works on.
 
-A network's numbers are flat dicts of arrays, `layers.3.conv1.kernel` to
-`head.bias`: what is trained, what is kept as it is, and running statistics.
+What a batch is made of is the objective's affair: it turns numbers and inputs
+into a loss. The step is the same for all of them: parts of a batch, devices,
+the optimiser, what is kept, and the average.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
-from jaxtransfer import errors
-from jaxtransfer.data import preprocess
-from jaxtransfer.networks.network import Network
-from jaxtransfer.training import augment, optimisers
-
-Arrays = dict[str, jax.Array]
-
-BATCH_NORM = ("train", "train_per_device", "eval", "frozen")
+from jaxtransfer.networks.functional import Arrays, Numbers
+from jaxtransfer.training import optimisers
 
 
 @jax.tree_util.register_dataclass
@@ -38,8 +32,7 @@ class State:
     average: exponential moving average of `params` and `statistics`; empty
       without.
     scale: () float32, what plateau multiplies the learning rate by.
-    sums: () float32 each since they were last read: weighted losses, their
-      weights, hits, and decisions that could hit.
+    sums: () float32 each, the objective's since they were last read.
     key: (2,) uint32, of the run.
   """
 
@@ -52,6 +45,51 @@ class State:
   scale: jax.Array
   sums: Arrays
   key: jax.Array
+
+
+class Objective(Protocol):
+  """What a training makes small.
+
+  Attributes:
+    sums: names of what it adds up over examples: "loss" and "weight", whose
+      quotient is the mean loss, and, where examples are decided right or
+      wrong, "hits" and "decisions".
+    apart: whether each device has running statistics of its own, of which the
+      mean is kept.
+  """
+
+  sums: tuple[str, ...]
+  apart: bool
+
+  def inputs(
+    self, batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array
+  ) -> tuple[Any, jax.Array]:
+    """Returns what a batch's loss is computed from, and how much it counts.
+
+    Args:
+      batch: one device's part, B examples; the axis "data" joins the devices.
+      key: of the run, typed.
+      step: () int32, steps done.
+
+    Returns:
+      Arrays (B, ...), and (B,), what every example's loss counts in the mean.
+    """
+
+  def __call__(
+    self,
+    params: Arrays,
+    statistics: Arrays,
+    inputs: Any,
+    kept: Collection[str],
+  ) -> tuple[Arrays, Arrays]:
+    """Returns the sums over some examples, and the statistics after them.
+
+    Args:
+      params: all of them.
+      statistics: running ones.
+      inputs: of these examples.
+      kept: names of parameters that are not trained.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +169,13 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a step does.
+  """What a step does with a gradient.
 
   Attributes:
-    loss: what is made small.
-    optimiser: how.
+    optimiser: how parameters move.
     schedule: share of the peak learning rate at a step.
-    augmentation: what happens to the images.
-    mean: of each channel, in [0, 1].
-    std: of each channel, in [0, 1].
-    frozen: how many of the network's first layers are kept as they are, in
-      inference mode.
-    batch_norm: of the other layers. "train": statistics of the batch over all
-      devices; "train_per_device": of each device's part; "eval": the running
-      ones; "frozen": those, with scale and bias kept too.
+    rate: a parameter's name -> its share of the learning rate; 0 where it is
+      kept as it is.
     accumulate: parts in which a batch is computed, one after the other, for
       a smaller memory; each part has its own batch statistics.
     average: decay of the moving average of parameters and statistics; 0 for
@@ -158,80 +189,43 @@ class Recipe:
     that running statistics are averaged too: timm's ModelEma.
   """
 
-  loss: Loss
   optimiser: optimisers.Optimiser
   schedule: Callable[[jax.Array], jax.Array]
-  augmentation: augment.Augmentation
-  mean: Sequence[float]
-  std: Sequence[float]
-  frozen: int
-  batch_norm: str
+  rate: Callable[[str], float]
   accumulate: int
   average: float
 
   def __post_init__(self):
-    optimisers.check_one_of("batch_norm", self.batch_norm, BATCH_NORM)
     optimisers.check_range("accumulate", self.accumulate, least=1)
     optimisers.check_range("average", self.average, least=0, below=1)
 
 
-def take_apart(network: Network) -> tuple[nnx.GraphDef, Arrays, Arrays]:
-  """Returns a network's structure, parameters and statistics.
-
-  Args:
-    network: with values.
-  """
-  graph, params, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)
-  return graph, _flat(params), _flat(statistics)
-
-
-def put_together(
-  graph: nnx.GraphDef, params: Arrays, statistics: Arrays
-) -> Network:
-  """Returns the network that `take_apart` took apart, with these numbers."""
-  variables = [
-    (_path(name), kind(value))
-    for kind, arrays in ((nnx.Param, params), (nnx.BatchStat, statistics))
-    for name, value in arrays.items()
-  ]
-  return nnx.merge(graph, nnx.from_flat_state(variables))
-
-
-def _flat(state: nnx.State) -> Arrays:
-  return {
-    ".".join(map(str, path)): variable[...]
-    for path, variable in nnx.to_flat_state(state)
-  }
-
-
-def _path(name: str) -> tuple[str | int, ...]:
-  return tuple(int(p) if p.isdigit() else p for p in name.split("."))
-
-
-def first_state(network: Network, recipe: Recipe, seed: int) -> State:
+def first_state(
+  objective: Objective,
+  recipe: Recipe,
+  params: Arrays,
+  statistics: Arrays,
+  seed: int,
+) -> State:
   """Returns the state before the first step.
 
   Args:
-    network: as training begins.
-    recipe: what is trained of it, and how.
+    objective: what is made small.
+    recipe: which parameters are trained, and how.
+    params: as training begins.
+    statistics: likewise.
     seed: of all that is random in the steps.
-
-  Raises:
-    UsageError: nothing is left to train.
   """
-  if network.head is None:
-    raise errors.UsageError("a network without a head cannot be trained")
-  _, params, statistics = take_apart(network)
-  trained = {n: v for n, v in params.items() if _is_trained(n, recipe)}
+  trained = {n: v for n, v in params.items() if recipe.rate(n)}
   state = State(
     step=jnp.zeros((), jnp.int32),
     params=trained,
     kept={n: v for n, v in params.items() if n not in trained},
     statistics=statistics,
-    optimiser=recipe.optimiser.direction().init(trained),
+    optimiser=recipe.optimiser.direction(recipe.rate).init(trained),
     average={**trained, **statistics} if recipe.average else {},
     scale=jnp.ones((), jnp.float32),
-    sums=no_sums(),
+    sums=no_sums(objective),
     key=jax.random.key_data(jax.random.key(seed)),
   )
   # The step consumes its state: no array may be the network's own or be there
@@ -239,107 +233,88 @@ def first_state(network: Network, recipe: Recipe, seed: int) -> State:
   return jax.tree.map(jnp.copy, state)
 
 
-def _is_trained(name: str, recipe: Recipe) -> bool:
-  path = _path(name)
-  if path[0] == "head":
-    return True
-  if path[1] < recipe.frozen:
-    return False
-  # A trunk's convolutions have no bias: both are BatchNorm's.
-  return recipe.batch_norm != "frozen" or path[-1] not in ("scale", "bias")
-
-
-def no_sums() -> Arrays:
-  """Returns the sums of no image."""
-  names = ("loss", "weight", "hits", "decisions")
-  return {name: jnp.zeros((), jnp.float32) for name in names}
+def no_sums(objective: Objective) -> Arrays:
+  """Returns the sums of no example."""
+  return {name: jnp.zeros((), jnp.float32) for name in objective.sums}
 
 
 def make_step(
-  graph: nnx.GraphDef, recipe: Recipe
+  objective: Objective, recipe: Recipe
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Arrays]]:
   """Returns the step, to be compiled by `parallel.Devices.compile_step`.
 
+  A state may hold parameters among the trained ones that this recipe keeps as
+  they are. So a part can be kept at first and trained later, by two steps that
+  share a state.
+
   Args:
-    graph: the network's structure.
+    objective: what is made small.
     recipe: what the step does.
 
   Returns:
     (state, batch) -> (state, {"loss": (), mean over the batch}), each device
-    with its part of the batch: image (B, S, S, 3) uint8, row and label (B,)
-    int32, mask (B,) bool. Images without mask count for nothing.
+    with its part of the batch.
   """
-  direction = recipe.optimiser.direction()
-  train: bool | str = {"train": "data", "train_per_device": True}.get(
-    recipe.batch_norm, False
-  )
+  direction = recipe.optimiser.direction(recipe.rate)
 
   def step(
     state: State, batch: Mapping[str, jax.Array]
   ) -> tuple[State, Arrays]:
     key = jax.random.wrap_key_data(state.key)
-    keys = augment.keys_of(key, state.step, batch["row"])
-    labels = jnp.where(batch["mask"], batch["label"], -1)
-    weights = recipe.loss.weight(labels)
+    inputs, weights = objective.inputs(batch, key, state.step)
     # The mean is over all devices and parts, so its weight comes before.
     total = jnp.maximum(lax.psum(weights.sum(), "data"), 1e-12)
+    kept = {n for n in (*state.params, *state.kept) if not recipe.rate(n)}
 
     def part_loss(
-      params: Arrays,
-      statistics: Arrays,
-      pixels: jax.Array,
-      keys: jax.Array,
-      labels: jax.Array,
+      params: Arrays, statistics: Arrays, inputs: Any
     ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-      pixels = recipe.augmentation(pixels, keys)
-      x_NHWC = preprocess.preprocess(pixels, recipe.mean, recipe.std)
-      network = put_together(graph, {**params, **state.kept}, statistics)
-      logits = network(x_NHWC, train=train, frozen=recipe.frozen)
-      there = (labels >= 0).astype(jnp.float32)
-      hits, decisions = recipe.loss.hits(logits, labels)
-      sums = {
-        "loss": (there * recipe.loss(logits, labels)).sum(),
-        "weight": recipe.loss.weight(labels).sum(),
-        "hits": (there * hits).sum(),
-        "decisions": (there * decisions).sum(),
+      params = {
+        name: lax.stop_gradient(value) if name in kept else value
+        for name, value in params.items()
       }
-      return sums["loss"] / total, (take_apart(network)[2], sums)
+      sums, statistics = objective(
+        {**params, **state.kept}, statistics, inputs, kept
+      )
+      return sums["loss"] / total, (statistics, sums)
 
     gradient_of = jax.value_and_grad(part_loss, has_aux=True)
 
     def part(
-      carry: tuple[Arrays, Arrays, Arrays], images: tuple[jax.Array, ...]
+      carry: tuple[Arrays, Arrays, Arrays], inputs: Any
     ) -> tuple[tuple[Arrays, Arrays, Arrays], None]:
       statistics, gradient, sums = carry
       (_, (statistics, own_sums)), own = gradient_of(
-        state.params, statistics, *images
+        state.params, statistics, inputs
       )
       gradient, sums = jax.tree.map(jnp.add, (gradient, sums), (own, own_sums))
       return (statistics, gradient, sums), None
 
-    images = (batch["image"], keys, labels)
     carry = (
       state.statistics,
       jax.tree.map(jnp.zeros_like, state.params),
-      no_sums(),
+      no_sums(objective),
     )
     if recipe.accumulate == 1:
-      carry, _ = part(carry, images)
+      carry, _ = part(carry, inputs)
     else:
-      images = jax.tree.map(
-        lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), images
+      inputs = jax.tree.map(
+        lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), inputs
       )
-      carry, _ = lax.scan(part, carry, images)
+      carry, _ = lax.scan(part, carry, inputs)
     statistics, gradient, sums = carry
     gradient, sums = lax.psum((gradient, sums), "data")
-    if recipe.batch_norm == "train_per_device":
+    if objective.apart:
       statistics = lax.pmean(statistics, "data")
 
     moves, optimiser = direction.update(gradient, state.optimiser, state.params)
     share = recipe.schedule(state.step) * state.scale
-    rates = recipe.optimiser.rates(state.params)
+    rate = {
+      name: recipe.optimiser.learning_rate * recipe.rate(name)
+      for name in state.params
+    }
     params = {
-      name: value - rates[name] * share * moves[name]
+      name: value if name in kept else value - rate[name] * share * moves[name]
       for name, value in state.params.items()
     }
     decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
@@ -363,29 +338,17 @@ def make_step(
   return step
 
 
-def trained_numbers(state: State) -> tuple[Arrays, Arrays]:
+def trained_numbers(state: State) -> Numbers:
   """Returns the numbers to judge and keep, averaged ones where there are.
 
   Args:
     state: after any step.
 
   Returns:
-    All parameters and the statistics, as `put_together` takes them.
+    All parameters and the statistics, as `functional.merge` takes them.
   """
   params = {**state.kept, **state.params}
   return (
     {name: state.average.get(name, x) for name, x in params.items()},
     {name: state.average.get(name, x) for name, x in state.statistics.items()},
   )
-
-
-def make_predict(
-  graph: nnx.GraphDef, mean: Sequence[float], std: Sequence[float]
-) -> Callable[[tuple[Arrays, Arrays], jax.Array], jax.Array]:
-  """Returns ((params, statistics), (N, S, S, 3) uint8) -> (N, C) logits."""
-
-  def predict(numbers: tuple[Arrays, Arrays], pixels: jax.Array) -> jax.Array:
-    x_NHWC = preprocess.preprocess(pixels, mean, std)
-    return put_together(graph, *numbers)(x_NHWC)
-
-  return predict

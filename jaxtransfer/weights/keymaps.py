@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxtransfer import errors
+from jaxtransfer.networks import zoo
+from jaxtransfer.networks.family import Family, Layout
 from jaxtransfer.weights.pickles import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-# torch forbade dots inside module names after the DenseNets were published.
-_OLD_DENSE_LAYER = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
 
 # What torch's wrappers of one module put between a network's own names.
 _WRAPPER = (
@@ -36,42 +35,6 @@ _BESIDE = re.compile(
 # student and a teacher is wanted, nobody can tell.
 _COPY = re.compile(r"(^|_)(ema|k|momentum)(_|$)")
 _COPY_OF = {"target": "online", "key": "query"}
-
-_HUGGING_FACE = (
-  (r"^embedder\.embedder\.convolution\.", r"conv1."),
-  (r"^embedder\.embedder\.normalization\.", r"bn1."),
-  (r"\.shortcut\.convolution\.", r".downsample.0."),
-  (r"\.shortcut\.normalization\.", r".downsample.1."),
-)
-_HUGGING_FACE_LAYER = re.compile(
-  r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:layer\.(\d+)\."
-  r"(convolution|normalization)\.)?"
-)
-
-# torchvision keeps a DenseNet's trunk under a name that is a prefix here.
-_TRUNKS = {"densenet": "features."}
-
-
-def _rename_hugging_face(names: Sequence[str], *_: object) -> dict[str, str]:
-  found = {}
-  for name in names:
-    inner = name
-    for pattern, replacement in _HUGGING_FACE:
-      inner = re.sub(pattern, replacement, inner)
-    if match := _HUGGING_FACE_LAYER.match(inner):
-      stage, block, number, kind = match.groups()
-      inside = ""
-      if number is not None:
-        kind = "conv" if kind == "convolution" else "bn"
-        inside = f"{kind}{int(number) + 1}."
-      rest = inner[match.end() :]
-      inner = f"layer{int(stage) + 1}.{block}.{inside}{rest}"
-    found[name] = inner
-  return found
-
-
-def _rename_old(names: Sequence[str], *_: object) -> dict[str, str]:
-  return {name: _OLD_DENSE_LAYER.sub(r"\1\2", name) for name in names}
 
 
 def _rename_children(
@@ -116,56 +79,6 @@ def _rename_children(
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How one kind of checkpoint names a family's tensors.
-
-  Attributes:
-    anchor: the first convolution's weight, by which a prefix is found.
-    rename: (names without the prefix, the anchor's, the trunk's) -> {name:
-      torchvision's}, both without the prefix of torchvision's trunk.
-    heads: where the head may be, relative to the prefix: each a weight's
-      module name, after as many levels up as it has leading `^`.
-    numbered: whether its names are the places of children. Any module may
-      have such, so the anchor must have the trunk's shape.
-  """
-
-  anchor: str
-  rename: Callable[..., dict[str, str]]
-  heads: tuple[str, ...] = ()
-  numbered: bool = False
-
-
-def _children(heads: tuple[str, ...]) -> tuple[_Layout, ...]:
-  return tuple(
-    _Layout(anchor, _rename_children, heads, numbered=True)
-    for anchor in (r"[0-9]+.weight", r"\w+.[0-9]+.weight")
-  )
-
-
-_LAYOUTS = {
-  "resnet": (
-    _Layout("conv1.weight", _rename_old, ("fc",)),
-    _Layout(
-      "embedder.embedder.convolution.weight",
-      _rename_hugging_face,
-      ("^classifier.1", "classifier.1"),
-    ),
-    *_children(("fc",)),
-  ),
-  "densenet": (
-    _Layout(
-      "conv0.weight", _rename_old, ("^classifier", "classifier", "^^fc_4")
-    ),
-    *_children(("^classifier", "classifier")),
-  ),
-  "cbr": (_Layout("block1.conv.weight", _rename_old, ("fc",)),),
-}
-
-
-_LAYER = re.compile(
-  r"layer\d+\.\d+|denseblock\d+\.denselayer\d+|transition\d+|block\d+"
-)
 _NUMBERS = "num_batches_tracked"
 # More than any ensemble has; each costs a look at all names.
 _MAX_PLACES = 200
@@ -180,12 +93,14 @@ class _Reading:
     container: the dicts it stands in, ended by a slash; "" for none.
     prefix: what stands before the layout's name in the container.
     layout: how the names after it are made.
+    family: of the network that is looked for.
   """
 
   anchor: str
   container: str
   prefix: str
-  layout: _Layout
+  layout: Layout
+  family: Family
 
   @property
   def start(self) -> str:
@@ -224,7 +139,7 @@ class Place:
 def locate(
   names: Shapes,
   *,
-  family: str,
+  family: Family,
   network: str,
   trunk: Shapes,
   prefix: str = "",
@@ -239,7 +154,7 @@ def locate(
 
   Args:
     names: {name in the checkpoint: shape}, containers ended by a slash.
-    family: "resnet", "densenet" or "cbr".
+    family: of the network.
     network: the network's name, for messages.
     trunk: {torchvision name: shape} of the uncut network without a head.
     prefix: which of several networks is meant: what stands before its names,
@@ -257,9 +172,8 @@ def locate(
   """
   foreign = foreign or {}
   every = {**dict.fromkeys(foreign, ()), **names}
-  above = _TRUNKS.get(family, "")
   # The stem's own tensors come in no order.
-  first = f"{above}{_LAYOUTS[family][0].anchor}"
+  first = f"{family.prefix}{family.layouts[0].anchor}"
   trunk = {first: trunk[first], **trunk}
   readings = list(_readings(names, family, trunk))
   if len(readings) > _MAX_PLACES:
@@ -270,7 +184,7 @@ def locate(
   found: dict[str, list[Place]] = collections.defaultdict(list)
   for reading in readings:
     others = [r.start for r in readings if r.anchor != reading.anchor]
-    place = _read(every, foreign, reading, above, trunk, others)
+    place = _read(every, foreign, reading, trunk, others)
     found[reading.anchor].append(place)
   # One network of each first layer, in the words that explain most of it.
   places = [
@@ -355,7 +269,8 @@ def fit(
   ]
   if problems:
     raise errors.UsageError(
-      f"does not fit {network}: {'; '.join(problems)}{_ends_at(wanted, found)}"
+      f"does not fit {network}: {'; '.join(problems)}"
+      f"{_ends_at(wanted, found, network)}"
     )
   return kept
 
@@ -389,9 +304,8 @@ def numbering(place: Place) -> str:
     return ""
   units: dict[str, None] = {}
   for name, stored in place.found.items():
-    # `features.conv0.weight` and `conv1.weight` both end in what a child calls
-    # `weight`.
-    own = name.split(".", 2 if name.startswith("features.") else 1)[-1]
+    # What the child that is the module `conv0` calls `weight`.
+    own = name.removeprefix(place.reading.family.prefix).partition(".")[2]
     if not name.startswith("fc."):
       units.setdefault(_WRAPPERS.sub("", stored).removesuffix(f".{own}"))
   above, _, last = zip(*(unit.rpartition(".") for unit in units), strict=True)
@@ -421,18 +335,22 @@ def _group(name: str, place: Place) -> str:
   return f"{start}{name[len(start) :].split('.')[0]}."
 
 
-def _ends_at(wanted: Shapes, found: Mapping[str, str]) -> str:
+def _ends_at(wanted: Shapes, found: Mapping[str, str], network: str) -> str:
   """Returns where a cut network's tensors end, nothing for another problem."""
   there = [name in found for name in wanted]
   if not any(there) or not all(there[: sum(there)]) or all(there):
     return ""
-  last = _LAYER.search(list(wanted)[sum(there) - 1])
-  if last is None:
-    return ""
-  return f"; it ends at {last[0]}: give until={last[0]} to use what is there"
+  family = zoo.family(network)
+  last = list(wanted)[sum(there) - 1].removeprefix(family.prefix)
+  for name in family.layer_names(family.networks[network]):
+    if last.startswith(f"{name}."):
+      return f"; it ends at {name}: give until={name} to use what is there"
+  return ""
 
 
-def _readings(names: Shapes, family: str, trunk: Shapes) -> Iterator[_Reading]:
+def _readings(
+  names: Shapes, family: Family, trunk: Shapes
+) -> Iterator[_Reading]:
   """Yields all ways to read what may be a network's first layer."""
   shape = next(iter(trunk.values()))
   for name in names:
@@ -440,19 +358,18 @@ def _readings(names: Shapes, family: str, trunk: Shapes) -> Iterator[_Reading]:
     if len(names[name]) != 4 or names[name][1] > 4:
       continue
     cut = name.rfind("/") + 1
-    for layout in _LAYOUTS[family]:
+    for layout in family.layouts:
       pattern = layout.anchor.replace(".", rf"\.(?:{_WRAPPER})*")
       match = re.search(rf"(?:^|\.)({pattern})$", name[cut:])
       if match and (names[name] == shape or not layout.numbered):
         prefix = name[cut : cut + match.start(1)]
-        yield _Reading(name, name[:cut], prefix, layout)
+        yield _Reading(name, name[:cut], prefix, layout, family)
 
 
 def _read(
   names: Shapes,
   foreign: Mapping[str, str],
   reading: _Reading,
-  above: str,
   trunk: Shapes,
   others: Sequence[str],
 ) -> Place:
@@ -462,11 +379,10 @@ def _read(
     names: {name in the checkpoint: shape}, foreign ones too.
     foreign: as for `locate`.
     reading: which part, and how.
-    above: what torchvision puts before the trunk's names.
     trunk: {torchvision name: shape} of the uncut network.
     others: what stands before the names of other networks.
   """
-  start = reading.start
+  start, above = reading.start, reading.family.prefix
   inside = {
     name: _WRAPPERS.sub("", name[len(start) :])
     for name in names
@@ -474,11 +390,14 @@ def _read(
     and "/" not in name[len(reading.container) :]
     and not name.endswith(_NUMBERS)
   }
-  renamed = reading.layout.rename(
-    list(inside.values()),
-    inside[reading.anchor],
-    [name.removeprefix(above) for name in trunk],
-  )
+  if reading.layout.numbered:
+    renamed = _rename_children(
+      list(inside.values()),
+      inside[reading.anchor],
+      [name.removeprefix(above) for name in trunk],
+    )
+  else:
+    renamed = reading.layout.rename(list(inside.values()))
   nested = tuple(o for o in others if o != start and o.startswith(start))
   found: dict[str, str] = {}
   left_over = []
@@ -549,7 +468,7 @@ def _is_copy(place: Place, places: Sequence[Place]) -> bool:
 
 
 def _why_nothing(
-  names: Shapes, family: str, network: str, foreign: Mapping[str, str]
+  names: Shapes, family: Family, network: str, foreign: Mapping[str, str]
 ) -> str:
   if not names:
     return "holds no tensors"
@@ -560,7 +479,7 @@ def _why_nothing(
       " conv1.6) of timm's 'c', 'd', 's' and 't' variants"
     )
   anchors = " or ".join(
-    layout.anchor for layout in _LAYOUTS[family] if not layout.numbered
+    layout.anchor for layout in family.layouts if not layout.numbered
   )
   listed = ", ".join(map(printable, list(names)[:3]))
   # What is a whole model in a dict says so.

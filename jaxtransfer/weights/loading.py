@@ -68,19 +68,6 @@ class Source:
     }
 
 
-# What torchvision's networks do and no file of tensors shows.
-_ASSUMED = {
-  "resnet": (
-    "stride in the 3x3 convolutions, max-pool in the stem, no dilation, no"
-    " anti-aliasing, ReLU"
-  ),
-  "densenet": (
-    "max-pool in the stem, average pooling in the transitions, no"
-    " anti-aliasing, ReLU, also after norm5"
-  ),
-}
-
-
 def resolve_weights(
   network: str,
   weights: str | os.PathLike[str] | None,
@@ -161,7 +148,7 @@ def _source_of_path(network: str, given: pathlib.Path, prefix: str) -> Source:
   if "network" in about:
     return source
   notes = _left_out(source, network, stored)
-  assumed = "" if is_known else _ASSUMED.get(zoo.family(network), "")
+  assumed = "" if is_known else zoo.family(network).assumed
   if assumed:
     notes.append(
       f"{source.label}: names and shapes are {network}'s; what no file of"
@@ -182,7 +169,7 @@ def _left_out(
   place = _locate(source, network, stored)
   notes = []
   if left_out := keymaps.left_out(
-    place, _shapes_of(stored), tensors.head_names(zoo.family(network))
+    place, _shapes_of(stored), zoo.family(network).head_names
   ):
     start = printable(place.start)
     where = f"what stands under {start}" if start else "the network"
@@ -336,7 +323,7 @@ def read_weights(
   """
   stored = readers.open_checkpoint(source.path)
   place = _locate(source, network, stored)
-  head = tensors.head_names(zoo.family(network)) if keep_head else None
+  head = zoo.family(network).head_names if keep_head else None
   try:
     places = keymaps.fit(
       place,
@@ -464,7 +451,7 @@ def create_model(
       weights, name, until=slim_after or until, keep_head=keep_head
     )
   if keep_head:
-    weight, _ = tensors.head_names(zoo.family(name))
+    weight, _ = zoo.family(name).head_names
     num_classes = len(values[weight])
   model = zoo.build(
     name,
@@ -476,7 +463,7 @@ def create_model(
     slim_after=slim_after or weights.slim_after,
   )
   expected = tensors.shapes(model)
-  for tensor in tensors.head_names(zoo.family(name)) if keep_head else ():
+  for tensor in zoo.family(name).head_names if keep_head else ():
     if values[tensor].shape != expected[tensor]:
       raise errors.UsageError(
         f"{weights.path}: the head's {tensor} is {values[tensor].shape},"
@@ -517,7 +504,7 @@ def export(
     "until": model.layer_names[-1],
     "flatten": model.flatten,
     "slim_after": model.slim_after,
-    "final_relu": model.relu or model.family != "densenet",
+    "final_relu": model.relu or not model.family.final_relu,
     **(details or {}),
   }
   # One entry: the library writes several in no fixed order, and the same

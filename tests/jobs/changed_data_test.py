@@ -4,11 +4,11 @@ import csv
 
 import pytest
 
-from jaxtransfer import errors, workdir
+from jaxtransfer import errors, inference, workdir
 from jaxtransfer.jobs import finetune, layers, truncate
 from jaxtransfer.measure import probes
 from jaxtransfer.networks import tensors, zoo
-from jaxtransfer.training import trial
+from jaxtransfer.training import loop
 from jaxtransfer.weights import loading
 from tests.jobs import configs
 
@@ -89,7 +89,7 @@ def test_a_training_does_not_go_on_with_other_labels(
       _correct(source, row, ("old;stripes", "?old", "-", "stripes")[row % 4])
   before = source.read_text()
   label = list(csv.DictReader(source.open()))[7]["label"]
-  monkeypatch.setattr(trial.Trial, "fit", _stop)
+  monkeypatch.setattr(loop, "fit", _stop)
   with pytest.raises(Stopped):
     _run(job, config, tmp_path / "run")
   _correct(source, 7, "old" if config.many_labels else "class 0")
@@ -111,7 +111,7 @@ def test_probes_are_not_those_of_other_labels(source, tmp_path, monkeypatch):
     probes, "fit_probe", lambda *a: fitted.append(a) or fit(*a)
   )
   with monkeypatch.context() as patched:
-    patched.setattr(layers, "_costs", _stop)
+    patched.setattr(inference, "measure_cuts", _stop)
     with pytest.raises(Stopped):
       _run(layers, config, path)
     # Both classes stay; those of two rows are exchanged.

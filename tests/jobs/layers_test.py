@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxtransfer import errors, workdir
+from jaxtransfer import errors, inference, workdir
 from jaxtransfer.jobs import layers
 from jaxtransfer.networks import tensors, zoo
 from jaxtransfer.weights import loading
@@ -198,11 +198,11 @@ def test_a_run_that_stopped_does_nothing_twice(
   """Killed before the report, it neither extracts nor probes again."""
   config = _config(source, weights)
 
-  def stop(*_):
+  def stop(*_, **__):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patched:
-    patched.setattr(layers, "_costs", stop)
+    patched.setattr(inference, "measure_cuts", stop)
     with pytest.raises(KeyboardInterrupt):
       _run(config, tmp_path)
   assert not (tmp_path / "results.json").exists()

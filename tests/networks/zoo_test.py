@@ -261,7 +261,9 @@ def test_only_the_whole_densenet_ends_in_a_relu():
   layers, dtype = smallest()
   x = images()
   for relu in (True, False):
-    small = network.Network("small", "densenet", layers, {}, relu, None, dtype)
+    small = network.Network(
+      "small", densenet.FAMILY, layers, {}, relu, None, dtype
+    )
     tensors.load(small, draw.tensors(tensors.shapes(small), 0))
     maps, features = jax.jit(
       lambda x, of=small: (of.taps(x, ["norm5"], pool=False)["norm5"], of(x))
@@ -274,7 +276,9 @@ def test_only_the_whole_densenet_ends_in_a_relu():
 def test_images_too_small_for_a_densenet_are_refused():
   """Where torch refuses: 28 pixels become 14, 7, 3, 1, and then none."""
   layers, dtype = smallest()
-  small = network.Network("small", "densenet", layers, {}, True, None, dtype)
+  small = network.Network(
+    "small", densenet.FAMILY, layers, {}, True, None, dtype
+  )
 
   def shape(size):
     return jax.eval_shape(small, images(1, size)).shape

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtransfer.networks import tensors, zoo
-from jaxtransfer.training import augment, optimisers, steps
+from jaxtransfer.networks import functional, tensors, zoo
+from jaxtransfer.training import augment, images, optimisers, steps
 
 
 def network(until="stem", num_classes=3, dtype=jnp.float32, flatten=None):
@@ -32,7 +32,6 @@ def optimiser(**changes):
   settings = {
     "name": "sgd",
     "learning_rate": 0.05,
-    "backbone": 1.0,
     "momentum": 0.9,
     "weight_decay": 0.0,
     "clip_norm": 0.0,
@@ -55,20 +54,32 @@ def augmentation(**changes):
   return augment.Augmentation(**{**settings, **changes})
 
 
-def recipe(**changes):
+def recipe(frozen=0, backbone=1.0, norms=True, **changes):
   settings = {
-    "loss": loss(),
     "optimiser": optimiser(),
     "schedule": lambda step: jnp.ones(()),
-    "augmentation": augmentation(),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.25, 0.25, 0.25),
-    "frozen": 0,
-    "batch_norm": "train",
+    "rate": optimisers.layer_rates(frozen, backbone, norms=norms),
     "accumulate": 1,
     "average": 0.0,
   }
   return steps.Recipe(**{**settings, **changes})
+
+
+def objective(network, **changes):
+  settings = {
+    "loss": loss(),
+    "augmentation": augmentation(),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "batch_norm": "train",
+  }
+  graph, _, _ = functional.split(network)
+  return images.Objective(graph, **{**settings, **changes})
+
+
+def first_state(network, recipe, seed=1):
+  _, *numbers = functional.split(network)
+  return steps.first_state(objective(network), recipe, *numbers, seed)
 
 
 def batch(number, size=16, side=16, masked=0):

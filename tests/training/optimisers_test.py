@@ -12,7 +12,6 @@ def _optimiser(**changes):
   settings = {
     "name": "sgd",
     "learning_rate": 0.1,
-    "backbone": 1.0,
     "momentum": 0.9,
     "weight_decay": 0.0,
     "clip_norm": 0.0,
@@ -27,13 +26,14 @@ def _schedule(name, **changes):
 
 def _walk(optimiser, steps=4):
   """Follows f(w) = |w|^2 / 2, whose gradient is w."""
-  direction = optimiser.direction()
+  direction = optimiser.direction(lambda name: 1.0)
   params = {"a.kernel": jnp.array([3.0, -4.0]), "a.bias": jnp.array([2.0])}
   state = direction.init(params)
-  rates = optimiser.rates(params)
   for _ in range(steps):
     moves, state = direction.update(params, state, params)
-    params = {n: v - rates[n] * moves[n] for n, v in params.items()}
+    params = {
+      n: v - optimiser.learning_rate * moves[n] for n, v in params.items()
+    }
   return params
 
 
@@ -78,12 +78,16 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
 
 
 def test_the_backbone_has_its_share_of_the_rate():
-  params = {"layers.0.conv1.kernel": 0, "head.kernel": 0, "head.bias": 0}
-  assert _optimiser(backbone=0.1).rates(params) == {
-    "layers.0.conv1.kernel": pytest.approx(0.01),
-    "head.kernel": 0.1,
-    "head.bias": 0.1,
-  }
+  """The layers before the first have none, and without their norms neither
+  have those after it; what is no layer, a head of any name, has all of it."""
+  names = (
+    *("layers.2.conv1.kernel", "layers.3.bn1.scale", "layers.10.conv1.kernel"),
+    *("head.kernel", "head.bias", "heads.lung.bias"),
+  )
+  rate = optimisers.layer_rates(3, 0.1)
+  assert [rate(name) for name in names] == [0, 0.1, 0.1, 1, 1, 1]
+  rate = optimisers.layer_rates(3, 0.1, norms=False)
+  assert [rate(name) for name in names] == [0, 0, 0.1, 1, 1, 1]
 
 
 def test_plateau_is_torchs():

@@ -6,20 +6,28 @@ import numpy as np
 import pytest
 from scipy import special
 
-from jaxtransfer import errors, parallel
+from jaxtransfer import parallel
+from jaxtransfer.networks import functional
 from jaxtransfer.training import steps
 from tests.training import examples
 
 
 def _train(
-  recipe, network=None, mode="jit", count=1, number=3, change=lambda b: b
+  recipe=None,
+  network=None,
+  mode="jit",
+  count=1,
+  number=3,
+  change=lambda b: b,
+  **objective,
 ):
   """Returns the state after some steps, on the host, and their losses."""
   network = network or examples.network()
+  recipe = recipe or examples.recipe()
   devices = parallel.Devices(mode, jax.devices()[:count])
-  graph, _, _ = steps.take_apart(network)
-  step = devices.compile_step(steps.make_step(graph, recipe))
-  state = devices.replicate(steps.first_state(network, recipe, seed=1))
+  objective = examples.objective(network, **objective)
+  step = devices.compile_step(steps.make_step(objective, recipe))
+  state = devices.replicate(examples.first_state(network, recipe))
   losses = []
   for i in range(number):
     batch = change(examples.batch(i, masked=2))
@@ -38,12 +46,10 @@ def test_jit_and_pmap_and_one_and_eight_devices_train_alike():
   it is divided changes nothing but the order of sums: 20 steps in float32, at
   a rate at which no rounding tips a ReLU or a max-pool over."""
   network = examples.network("layer1.0")
-  recipe = examples.recipe(
-    optimiser=examples.optimiser(learning_rate=0.001),
-    augmentation=examples.augmentation(flip_horizontal=True),
-  )
+  recipe = examples.recipe(optimiser=examples.optimiser(learning_rate=0.001))
+  flipped = examples.augmentation(flip_horizontal=True)
   runs = [
-    _train(recipe, network, mode, count, number=20)
+    _train(recipe, network, mode, count, number=20, augmentation=flipped)
     for mode, count in (("jit", 1), ("jit", 8), ("pmap", 8))
   ]
   for state, losses in runs[1:]:
@@ -56,19 +62,18 @@ def test_jit_and_pmap_and_one_and_eight_devices_train_alike():
 def test_statistics_of_one_device_are_another_training_alike_in_both_modes():
   """Each of four devices normalises its own four images; what is kept is the
   mean over the devices, the same on all."""
-  recipe = examples.recipe(batch_norm="train_per_device")
-  jit, losses = _train(recipe, mode="jit", count=4)
-  pmap, again = _train(recipe, mode="pmap", count=4)
+  apart = {"batch_norm": "train_per_device", "count": 4}
+  jit, losses = _train(mode="jit", **apart)
+  pmap, again = _train(mode="pmap", **apart)
   np.testing.assert_allclose(losses, again, atol=1e-5)
   assert _largest(jit.statistics, pmap.statistics) < 1e-5
-  _, together = _train(examples.recipe(), count=4)
+  _, together = _train(count=4)
   assert np.abs(together - losses).max() > 1e-3
 
 
 def test_an_image_without_mask_counts_for_nothing():
   """With BatchNorm's running statistics images do not see each other, so the
   pixels and the label of one that is masked cannot matter at all."""
-  recipe = examples.recipe(batch_norm="eval")
 
   def spoil(batch):
     hidden = ~batch["mask"]
@@ -79,8 +84,8 @@ def test_an_image_without_mask_counts_for_nothing():
       "label": np.where(hidden, -1, batch["label"]).astype(np.int32),
     }
 
-  one, losses = _train(recipe)
-  other, again = _train(recipe, change=spoil)
+  one, losses = _train(batch_norm="eval")
+  other, again = _train(batch_norm="eval", change=spoil)
   assert losses.tolist() == again.tolist()
   assert _largest(one.params, other.params) == 0
   assert one.sums["decisions"] == 3 * 14
@@ -88,7 +93,6 @@ def test_an_image_without_mask_counts_for_nothing():
 
 def test_a_batch_without_any_image_is_no_number_nowhere():
   state, losses = _train(
-    examples.recipe(),
     number=1,
     change=lambda b: {**b, "mask": np.zeros(16, bool)},
   )
@@ -98,36 +102,36 @@ def test_a_batch_without_any_image_is_no_number_nowhere():
 
 def test_parts_of_a_batch_add_up_to_it():
   """Gradients are sums over images, so four parts give what one gives."""
-  whole, losses = _train(examples.recipe(batch_norm="eval"))
-  parts, again = _train(examples.recipe(batch_norm="eval", accumulate=4))
+  whole, losses = _train(batch_norm="eval")
+  parts, again = _train(examples.recipe(accumulate=4), batch_norm="eval")
   np.testing.assert_allclose(losses, again, atol=1e-5)
   assert _largest(whole.params, parts.params) < 1e-5
   assert _largest(whole.sums, parts.sums) < 1e-3
 
 
 @pytest.mark.parametrize(
-  ("changes", "moves"),
+  ("frozen", "batch_norm", "moves"),
   [
-    ({"frozen": 2}, {"head"}),
-    ({"frozen": 1}, {"layers.1", "head"}),
-    ({"batch_norm": "frozen"}, {"layers.0", "layers.1", "head"}),
-    ({}, {"layers.0", "layers.1", "head"}),
+    (2, "train", {"head"}),
+    (1, "train", {"layers.1", "head"}),
+    (0, "frozen", {"layers.0", "layers.1", "head"}),
+    (0, "train", {"layers.0", "layers.1", "head"}),
   ],
 )
-def test_what_is_kept_is_kept_bit_by_bit(changes, moves):
+def test_what_is_kept_is_kept_bit_by_bit(frozen, batch_norm, moves):
   """Parameters and running statistics of layers that are not trained, and, with
   frozen BatchNorm, all scales, biases and statistics."""
   network = examples.network("layer1.0")
-  recipe = examples.recipe(**changes)
-  _, params, statistics = steps.take_apart(network)
+  recipe = examples.recipe(frozen, norms=batch_norm != "frozen")
+  _, params, statistics = functional.split(network)
   before = jax.device_get({**params, **statistics})
-  state, _ = _train(recipe, network, number=1)
+  state, _ = _train(recipe, network, number=1, batch_norm=batch_norm)
   after = {**state.kept, **state.params, **state.statistics}
   assert after.keys() == before.keys()
   changed = {n for n in after if (after[n] != before[n]).any()}
   owners = {".".join(n.split(".")[:2]) for n in changed}
   assert {o if o.startswith("layers") else "head" for o in owners} == moves
-  if recipe.batch_norm == "frozen":
+  if batch_norm == "frozen":
     trunk = {n for n in changed if not n.startswith("head")}
     assert all(n.endswith("kernel") for n in trunk)
 
@@ -137,7 +141,7 @@ def test_the_average_follows_its_recursion():
   to the decay that was asked for. BatchNorm's statistics likewise."""
   recipe = examples.recipe(average=0.15)
   network = examples.network()
-  start = jax.device_get(steps.first_state(network, recipe, 1))
+  start = jax.device_get(examples.first_state(network, recipe))
   average = start.average
   # (1 + t) / (10 + t), and then the recipe's.
   for number, decay in ((1, 1 / 10), (2, 0.15), (3, 0.15)):
@@ -159,7 +163,7 @@ def test_an_average_of_what_does_not_move_is_what_it_was():
   network = examples.network()
   recipe = examples.recipe(average=0.999, frozen=1)
   state, _ = _train(recipe, network, number=2)
-  _, before = jax.device_get(steps.take_apart(network)[1:])
+  _, before = jax.device_get(functional.split(network)[1:])
   _, judged = steps.trained_numbers(state)
   assert judged.keys() == before.keys()
   assert all((judged[name] == before[name]).all() for name in judged)
@@ -169,7 +173,7 @@ def test_an_average_forgets_the_first_parameters():
   """After 30 steps with 0.999 what is judged is nearer to where training is
   than to where it began; without the slow start 0.97 of it were the start."""
   recipe = examples.recipe(average=0.999)
-  start = jax.device_get(steps.first_state(examples.network(), recipe, 1))
+  start = jax.device_get(examples.first_state(examples.network(), recipe))
   state, _ = _train(recipe, number=30)
   name = "head.kernel"
   judged = steps.trained_numbers(state)[0][name]
@@ -179,10 +183,9 @@ def test_an_average_forgets_the_first_parameters():
 
 def test_bfloat16_computes_and_float32_stays():
   """Half the mantissa moves the loss by a little; parameters stay float32."""
-  _, exact = _train(examples.recipe(), number=1)
-  state, losses = _train(
-    examples.recipe(), examples.network(dtype=jnp.bfloat16), number=1
-  )
+  _, exact = _train(number=1)
+  half = examples.network(dtype=jnp.bfloat16)
+  state, losses = _train(network=half, number=1)
   assert losses == pytest.approx(exact, rel=0.03) and losses != exact
   kinds = {x.dtype for x in jax.tree.leaves((state.params, state.statistics))}
   assert kinds == {np.dtype("float32")}
@@ -241,6 +244,53 @@ def test_several_labels_are_a_sigmoid_each_and_missing_ones_are_nothing():
   assert known.tolist() == [2, 1, 3]
 
 
-def test_a_network_without_a_head_is_refused():
-  with pytest.raises(errors.UsageError, match="without a head"):
-    steps.first_state(examples.network(num_classes=None), examples.recipe(), 0)
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_what_is_kept_at_first_can_be_trained_later(name):
+  """Two steps share a state: by the first the trunk, its statistics and all
+  that the optimiser remembers of it stay as they were, decay or not; by the
+  second it moves as fast as its name says."""
+  network = examples.network("layer1.0")
+  optimiser = examples.optimiser(
+    name=name, weight_decay=0.1, clip_norm=1.0, learning_rate=0.001
+  )
+  later = examples.recipe(optimiser=optimiser, backbone=0.5)
+  warm_up = examples.recipe(optimiser=optimiser, frozen=2)
+  objective = examples.objective(network)
+  devices = parallel.Devices("jit", jax.devices()[:1])
+  state = devices.replicate(examples.first_state(network, later))
+  start = jax.device_get(state)
+  batch = devices.put(examples.batch(0))
+  step = devices.compile_step(steps.make_step(objective, warm_up))
+  for _ in range(2):
+    state, _ = step(state, batch)
+  warm = jax.device_get(state)
+  for key, value in warm.params.items():
+    assert (value == start.params[key]).all() == key.startswith("layers"), key
+  assert _largest(warm.statistics, start.statistics) == 0
+  remembered = jax.tree_util.tree_leaves_with_path(warm.optimiser)
+  trunk = [x for path, x in remembered if "layers" in str(path)]
+  assert trunk and not any(np.any(x) for x in trunk)
+  state, _ = devices.compile_step(steps.make_step(objective, later))(
+    state, batch
+  )
+  moved = jax.device_get(state).params
+  assert all((v != warm.params[k]).any() for k, v in moved.items())
+
+
+def test_a_rate_is_a_share_of_the_step_of_what_it_names():
+  """Without momentum one step of half the rate is half as long; whatever is
+  named by its end, not by a layer's number, can have a rate of its own."""
+  plain = examples.optimiser(momentum=0.0)
+  network = examples.network()
+  start = jax.device_get(examples.first_state(network, examples.recipe()))
+
+  def moved(rate):
+    recipe = examples.recipe(optimiser=plain, rate=rate)
+    state, _ = _train(recipe, network, number=1, batch_norm="eval")
+    return {n: v - start.params[n] for n, v in state.params.items()}
+
+  whole = moved(lambda name: 1.0)
+  half = moved(lambda name: 0.5 if name.endswith("kernel") else 1.0)
+  for name, move in whole.items():
+    share = 0.5 if name.endswith("kernel") else 1.0
+    np.testing.assert_allclose(half[name], share * move, atol=1e-7)

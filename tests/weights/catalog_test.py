@@ -133,7 +133,7 @@ def test_rows_are_whole():
 
 
 @pytest.mark.parametrize(
-  "network", [n for n in zoo.list_models() if zoo.family(n) != "cbr"]
+  "network", [n for n in zoo.list_models() if not zoo.family(n).small]
 )
 def test_imagenet_is_the_networks_own(network):
   """torchvision puts the digest's first digits into the file's name."""

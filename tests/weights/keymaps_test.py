@@ -44,14 +44,14 @@ def match(names, network, until=None, keep_head=False, prefix=""):
     network=network,
     wanted=trunk(network, until),
     trunk=trunk(network),
-    head=tensors.head_names(zoo.family(network)) if keep_head else None,
+    head=zoo.family(network).head_names if keep_head else None,
   )
 
 
 def told(names, network, **options):
   """What is left out, in words."""
   place = locate(names, network, **options)
-  return keymaps.left_out(place, names, tensors.head_names(zoo.family(network)))
+  return keymaps.left_out(place, names, zoo.family(network).head_names)
 
 
 def prefixed(prefix, names):
@@ -79,7 +79,7 @@ def test_containers_and_prefixes_are_found(network, prefix):
   """torchvision's and timm's names, wherever they stand; the head follows."""
   names = prefixed(prefix, whole(network))
   found = match(names, network, keep_head=True)
-  head = tensors.head_names(zoo.family(network))
+  head = zoo.family(network).head_names
   assert found == {n: f"{prefix}{n}" for n in [*trunk(network), *head]}
   assert match(names, network).keys() == trunk(network).keys()
 
@@ -411,7 +411,7 @@ DENSENET = (
 
 def numbered(network, places):
   """A network as the children of an `nn.Sequential`, at these places."""
-  if zoo.family(network) == "densenet":
+  if zoo.family(network).name == "densenet":
     names, modules = trunk(network), DENSENET
     names = {n.removeprefix("features."): s for n, s in names.items()}
   else:

@@ -1,14 +1,15 @@
-"""What jobs that train share: weights of classes, and scores of outputs."""
+"""A training on images: what it reads, and what its card says."""
 
 import jax
 import numpy as np
 import pytest
 
 from jaxtransfer import errors, parallel
-from jaxtransfer.data import dataset, images, sources
+from jaxtransfer.data import dataset, sources
+from jaxtransfer.data import images as imaging
 from jaxtransfer.data import labels as labelling
 from jaxtransfer.measure import calibration, evaluation
-from jaxtransfer.training import trial
+from jaxtransfer.training import images
 from tests.jobs import configs
 from tests.training import examples
 
@@ -27,7 +28,7 @@ class _Source(sources.Examples):
 
   def read(self, row):
     if row in self._broken:
-      raise images.ImageError("cut short")
+      raise imaging.ImageError("cut short")
     return np.zeros((16, 16, 3), np.uint8)
 
 
@@ -45,8 +46,8 @@ def _config(**changes):
   return config
 
 
-def _trial(data, **changes):
-  return trial.Trial(
+def _task(data, **changes):
+  return images.ImageTask(
     _config(**changes),
     data,
     examples.network(num_classes=len(data.names)),
@@ -147,7 +148,7 @@ def test_thresholds_are_of_the_calibrated_probability():
   data = _data(_Source(["no", "yes"], labels))
   changes = {"positive": "no", "prevalence": 0.2}
   evaluated, _ = _evaluated(data, logits, logits, **changes)
-  card = trial.card(_config(), data, evaluated)["operating_points"]
+  card = images.card(_config(), data, evaluated)["operating_points"]
   assert "softmax(logits / temperature)" in card["meaning"]
   logits = logits.astype(np.float32) / evaluated.temperature
   p = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
@@ -169,14 +170,14 @@ def test_too_many_unreadable_images_do_not_hide_why_reading_ended():
   class Asked(Exception):
     pass
 
-  begun = _trial(data, **strict)
+  begun = _task(data, **strict)
   with pytest.raises(Asked), begun._batches("val") as batches:
     next(batches)
     raise Asked
   assert begun.failures == {"image 0": "cut short"}
   with (
     pytest.raises(errors.UnreadableError, match="image 0"),
-    _trial(data, **strict)._batches("val") as batches,
+    _task(data, **strict)._batches("val") as batches,
   ):
     next(batches)
 
@@ -186,15 +187,30 @@ def test_the_limit_counts_what_the_run_knows():
   what another split lost is that one's."""
   data = _data(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
   data.rows["test"] = np.arange(4)
-  begun = _trial(data, **{"data.max_failures": 1.5 / 16})
+  begun = _task(data, **{"data.max_failures": 1.5 / 16})
   begun.failures["image 9"] = "cut short"
   with (
     pytest.raises(errors.UnreadableError, match="2 of 16"),
     begun._batches("val") as batches,
   ):
     next(batches)
-  strict = _trial(data, **{"data.max_failures": 0.25})
+  strict = _task(data, **{"data.max_failures": 0.25})
   strict.failures["image 9"] = "cut short"
   with strict._batches("test") as batches:
     next(batches)
   assert len(batches.failures) == 1 and len(strict.failures) == 2
+
+
+def test_a_network_without_a_head_is_refused():
+  source = _Source(["a", "b"], np.arange(16) % 2)
+  with pytest.raises(errors.UsageError, match="without a head"):
+    images.ImageTask(
+      _config(),
+      _data(source),
+      examples.network(num_classes=None),
+      parallel.Devices("jit", jax.devices()[:1]),
+      mean=(0.5, 0.5, 0.5),
+      std=(0.25, 0.25, 0.25),
+      seed=0,
+      metric="loss",
+    )

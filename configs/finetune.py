@@ -1,6 +1,6 @@
 """Trains a pretrained network up to a cut, with a fresh head, on your images.
 
-jaxtransfer --config=configs/finetune.py:resnet50 --workdir=runs/finetune \
+jaxtransfer --config=finetune:resnet50 --workdir=runs/finetune \
   --config.data=manifest.csv --config.network.until=layer3
 
 The defaults are Peng et al.'s: Adam at 1e-4, halved when the validation loss

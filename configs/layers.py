@@ -1,6 +1,6 @@
 """What every layer of a pretrained network is worth on your images.
 
-jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/layers \
+jaxtransfer --config=layers:resnet50 --workdir=runs/layers \
   --config.data=manifest.csv
 
 Ends with runs/layers/report.html: score against depth for the pretrained

@@ -1,6 +1,6 @@
 """The main job on drawn tissue, with the weights in the package: no download.
 
-jaxtransfer --config=configs/quickstart.py --workdir=runs/quickstart
+jaxtransfer --config=quickstart --workdir=runs/quickstart
 
 ResNet-18 up to layer3, trained on CIFAR-10's photographs, against three random
 initialisations, on 1,500 synthetic tiles of 60 patients. Ends in under three

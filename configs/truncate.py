@@ -1,6 +1,6 @@
 """Where to cut a network that is fine-tuned on your images, and what it gives.
 
-jaxtransfer --config=configs/truncate.py:resnet50 --workdir=runs/truncate \
+jaxtransfer --config=truncate:resnet50 --workdir=runs/truncate \
   --config.data=manifest.csv
 
 Trains the network cut after every block, then after every layer around the best

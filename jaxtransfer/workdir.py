@@ -238,7 +238,10 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   old, new = configuration.flat(before), configuration.flat(config)
   if old.get("job") != new.get("job"):
     old, new = {"job": old.get("job")}, {"job": new.get("job")}
-  # An older version did not have every key; "", 0 and False are without it.
+  # An older version called some keys otherwise, and did not have every one:
+  # "", 0 and False are without it.
+  renamed = configuration.RENAMED
+  old = {renamed[k] if renamed.get(k) in new else k: old[k] for k in old}
   old = {key: value for key, value in new.items() if not value} | old
   differences = [
     f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"

@@ -21,10 +21,9 @@ from typing import Any
 import h5py
 import jax
 import numpy as np
-import tqdm
 from flax import nnx
 
-from jaxtransfer import files, parallel
+from jaxtransfer import files, parallel, progress
 from jaxtransfer.data import pipeline, preprocess, sources
 from jaxtransfer.networks import tensors
 from jaxtransfer.networks.network import Network
@@ -176,11 +175,11 @@ def extract(
       batch_size=devices.batch_size(images.batch_size),
       workers=images.workers,
     ) as batches,
-    tqdm.tqdm(
-      total=len(rows),
-      desc=f"extracting, {len(networks)} networks",
-      unit=" images",
-      disable=None,
+    progress.Progress(
+      f"extracting, {len(networks)} networks",
+      "images",
+      count,
+      count - len(rows),
     ) as bar,
   ):
     outputs = _forward(batches, programs, devices, bar)
@@ -233,7 +232,7 @@ def _forward(
   batches: pipeline.Batches,
   programs: Mapping[str, Callable],
   devices: parallel.Devices,
-  bar: tqdm.tqdm,
+  bar: progress.Progress,
 ) -> Iterator[dict[Any, np.ndarray]]:
   """Yields {"mask": (B,), (label, tap): (B, C)} for every batch.
 

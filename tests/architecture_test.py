@@ -13,7 +13,7 @@ ALLOWED = {
   "networks": {"errors"},
   "report": {"errors", "files"},
   "data": {"errors", "files"},
-  "weights": {"errors", "files", "networks"},
+  "weights": {"errors", "files", "networks", "progress"},
   "training": {
     "data",
     "errors",
@@ -21,6 +21,7 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "progress",
     "signals",
   },
   "jobs": {
@@ -35,6 +36,7 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "progress",
     "report",
     "training",
     "units",

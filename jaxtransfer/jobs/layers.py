@@ -21,7 +21,6 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 
 from jaxtransfer import (
   configuration,
@@ -30,6 +29,7 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  progress,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import pipeline, sources, stored_splits
@@ -283,9 +283,13 @@ def _measure(
   found = []
   # Said once, by name, among the report's notes.
   warnings.simplefilter("ignore", classification.AbsentClassWarning)
-  for tap in tqdm.tqdm(plan.taps, desc="probing", unit=" taps", disable=None):
-    stored = workdir.path / "features" / f"probes-{digest}" / f"{tap}.npz"
-    if not stored.exists():
+  directory = workdir.path / "features" / f"probes-{digest}"
+  missing = [t for t in plan.taps if not (directory / f"{t}.npz").exists()]
+  done = len(plan.taps) - len(missing)
+  bar = progress.Progress("probing", "taps", len(plan.taps), done)
+  for tap in plan.taps:
+    stored = directory / f"{tap}.npz"
+    if tap in missing:
       _probe(
         plan,
         tap,
@@ -299,6 +303,11 @@ def _measure(
     found.append(Measured.load(stored))
     score = float(found[-1].values[0, 0, 0, 1])
     workdir.log(event="probe", tap=tap, **{plan.metrics[0]: score})
+    if tap in missing:
+      bar.update()
+      on_val = float(found[-1].values[0, 0, 0, 0])
+      bar.tell(f"{tap}, validation {plan.metrics[0]} {on_val:.3f}")
+  bar.close()
   return found
 
 

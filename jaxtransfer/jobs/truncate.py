@@ -29,6 +29,7 @@ from jaxtransfer import (
   files,
   hosts,
   parallel,
+  progress,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.cuts import (
@@ -771,7 +772,23 @@ class _Bench:
     self, units: Sequence[Unit], stop_after: int | None = None
   ) -> None:
     """Sees to it that units are trained, here or by another process."""
-    self.kept.settle(units, self._train, stop_after)
+    units, seconds = list(dict.fromkeys(units)), []
+
+    def train(unit: Unit, stop_after: int | None) -> None:
+      left = sum(self.kept.state(u, stop_after) == "open" for u in units)
+      words = ""
+      if seconds:
+        mean = float(np.mean(seconds))
+        words = f"; {progress.duration(mean * left)} left"
+      print(
+        f"training {len(units) - left + 1} of {len(units)}: {unit.name}{words}",
+        flush=True,
+      )
+      started = time.monotonic()
+      self._train(unit, stop_after)
+      seconds.append(time.monotonic() - started)
+
+    self.kept.settle(units, train, stop_after)
 
   def _train(self, unit: Unit, stop_after: int | None) -> None:
     directory = self.kept.directory(unit)

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 
-from jaxtransfer import errors, files, parallel, signals
+from jaxtransfer import errors, files, parallel, progress, signals
 from jaxtransfer.data import pipeline
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import checkpoints, optimisers, steps
@@ -208,12 +207,14 @@ def fit(
 
     clock = _Clock()
     running: collections.deque[jax.Array] = collections.deque()
-    bar = tqdm.tqdm(
-      total=len(train),
-      initial=done,
-      desc="training",
-      unit=" steps",
-      disable=None if parallel.is_first() else True,
+    epoch = 1 + len(epochs_of(records))
+    bar = progress.Progress(
+      "training",
+      "steps",
+      len(train),
+      done,
+      at=f"at epoch {epoch} of {settings.epochs}, step {done:,}",
+      quiet=not parallel.is_first(),
     )
     try:
       while True:
@@ -241,6 +242,7 @@ def fit(
               "validation_seconds": time.monotonic() - started,
             },
           )
+          bar.tell(_in_words(records[-1], settings))
           scale = schedule.scale(_val_losses(records))
           state = dataclasses.replace(
             state,
@@ -386,6 +388,16 @@ def filled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def epochs_of(records: Sequence[Record]) -> list[Record]:
   """Returns the lines of epochs alone."""
   return [record for record in records if record["event"] == "epoch"]
+
+
+def _in_words(record: Record, settings: Settings) -> str:
+  """Says what the validation of an epoch came to."""
+  scores = ", ".join(
+    f"{name} {record['val'][name]:.3f}"
+    for name in dict.fromkeys(("loss", settings.metric, "auroc"))
+    if record["val"].get(name) is not None
+  )
+  return f"epoch {record['epoch']} of {settings.epochs}, validation {scores}"
 
 
 def best_epoch(records: Sequence[Record], metric: str) -> int:

@@ -21,7 +21,7 @@ from jaxtransfer import configuration, errors, jobs, mistakes
 ASKED = ("models", "weights")
 _HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
 _VERSION = ("--version", "-version")
-_FLAGS = ("config", "workdir", "distributed")
+_FLAGS = ("config", "workdir", "dry_run", "distributed")
 _USAGE = """\
 jaxtransfer: how much of a pretrained network does my task need?
 

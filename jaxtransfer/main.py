@@ -10,6 +10,7 @@ if __name__ == "__main__":
   # Before the other imports, which take their time.
   signals.end_at_signals()
 
+import contextlib
 import errno
 import functools
 import importlib
@@ -46,6 +47,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
   False,
   "Whether this is one of several processes that train together, each started"
   " with this command; see launch/README.md.",
+)
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run",
+  False,
+  "Says what the run would do, how long it would take and how much disk, and"
+  " writes nothing.",
 )
 
 USAGE = 2
@@ -93,6 +100,8 @@ def _join(job: str) -> hosts.Several:
 
 def _write_failures(failures: Sequence[tuple[str, str]]) -> str:
   """Lists the images that stopped a run, and returns where, in words."""
+  if _DRY_RUN.value:
+    return ""
   path = pathlib.Path(_WORKDIR.value) / "failures.csv"
   try:
     files.write_csv(path, ("name", "reason"), failures)
@@ -123,6 +132,19 @@ def _not_compared(config: ml_collections.ConfigDict) -> str | None:
   return stored_splits.check_unchanged(path, examples)
 
 
+def _workdir(
+  config: ml_collections.ConfigDict,
+  job: jobs.Job,
+  command: str,
+  processes: hosts.One,
+) -> contextlib.AbstractContextManager[workdir.Workdir]:
+  """Takes the workdir; for a dry run, only looks at it."""
+  path, values, shared = _WORKDIR.value, config.to_dict(), job.divides
+  if _DRY_RUN.value:
+    return contextlib.nullcontext(workdir.look(path, values, shared))
+  return workdir.claim(path, values, command, processes, shared)
+
+
 def main(command: str, argv: Sequence[str]) -> int:
   """Runs the job that the config names and returns the exit code.
 
@@ -139,14 +161,12 @@ def main(command: str, argv: Sequence[str]) -> int:
   try:
     job = jobs.find(config.job)
     if _DISTRIBUTED.value:
+      if _DRY_RUN.value:
+        raise errors.UsageError(
+          "--dry_run is of one process; leave --distributed out"
+        )
       processes = _join(config.job)
-    with workdir.claim(
-      _WORKDIR.value,
-      config.to_dict(),
-      command,
-      processes,
-      shared=job.divides,
-    ) as claimed:
+    with _workdir(config, job, command, processes) as claimed:
       if claimed.finished:
         # Of several processes the first compares for all.
         missing = _not_compared(config) if processes.first else None
@@ -155,7 +175,8 @@ def main(command: str, argv: Sequence[str]) -> int:
         if missing:
           print(f"Its data were not compared with what they are now: {missing}")
         return claimed.report_failures()
-      print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
+      dry = " (dry run)" * claimed.dry
+      print(f"jaxtransfer {config.job} -> {claimed.path}{dry}", flush=True)
       module = importlib.import_module(job.module)
       parallel = importlib.import_module("jaxtransfer.parallel")
       parallel.cache_programs()

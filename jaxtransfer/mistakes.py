@@ -81,7 +81,7 @@ _WORKDIR_CALLED = (
   *("workdir", "out", "output", "out_dir", "output_dir"),
   *("save_dir", "logdir", "log_dir"),
 )
-_FLAGS = ("config", "workdir", "distributed", "help", "version")
+_FLAGS = ("config", "workdir", "dry_run", "distributed", "help", "version")
 _VALUES = {
   bool: "True or False",
   int: "a whole number",

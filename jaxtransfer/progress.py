@@ -81,15 +81,18 @@ class Progress:
     """Leaves the bar as it is."""
     self._bar.close()
 
-  def update(self, count: int = 1) -> None:
+  def update(self, count: int = 1, words: str = "") -> None:
     """Counts what has been done since.
 
     Args:
       count: how many.
+      words: to be told of it, as `tell` does.
     """
     self._done += count
     self._bar.update(count)
-    if self._lines and time.monotonic() - self._told >= self._wait:
+    if words:
+      self.tell(words)
+    elif self._lines and time.monotonic() - self._told >= self._wait:
       self._wait = min(2 * self._wait, _MOST)
       self._line(self._counted())
 

@@ -36,6 +36,7 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "preview",
     "progress",
     "report",
     "training",

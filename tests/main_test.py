@@ -68,6 +68,29 @@ def test_the_short_form_of_the_source_means_the_key(tmp_path):
   assert done.returncode == 2 and "/no/such.csv" in done.stderr
 
 
+def test_a_dry_run_ends_before_the_workdir_is_made(tmp_path):
+  """Through the command line, with what the parser and the checks refuse."""
+  arguments = (
+    "--config=finetune:cbr_tiny",
+    f"--workdir={tmp_path / 'run'}",
+    "--dry_run",
+    "--config.network.weights=",
+    "--config.network.until=block1",
+    "--config.batch_size=8",
+    "--config.epochs=1",
+    "--config.data.image_size=16",
+    "--config.data=synthetic:tissue?patients=10&tiles_per_patient=4",
+  )
+  done = _run(*arguments)
+  assert done.returncode == 0, done.stderr
+  assert "Nothing was written" in done.stdout
+  done = _run(*arguments, "--config.metric=f2")
+  assert done.returncode == 2 and "config.metric is 'f2'" in done.stderr
+  done = _run(*arguments, "--distributed")
+  assert done.returncode == 2 and "leave --distributed out" in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_directory_says_so_and_is_left_alone(tmp_path):
   """results.json is written last, so it is the sign; the exit code is that of
   the run that wrote it."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, parallel
+from jaxtransfer import configuration, parallel, preview
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import pipeline, stored_splits
 from jaxtransfer.data import splits as splitting
@@ -88,6 +88,26 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     metric=config.metric,
     frozen=plan.frozen,
   )
+  if workdir.dry:
+    # Before the training is measured, which uses it up.
+    size = preview.bytes_of_training(training) + 4 * zoo.count(network)[0]
+    speed, seconds = preview.of_training(
+      training, devices, len(data.rows["val"])
+    )
+    work = (
+      f"1 training of {training.steps:,} steps, {config.epochs} epochs, of"
+      f" {plan.network} to {plan.last} with {source.label} weights on {devices}"
+    )
+    return preview.tell(
+      config,
+      workdir.path,
+      [data],
+      [work],
+      speed,
+      seconds,
+      size,
+      source.notes,
+    )
   begun = workdir.begin(str(devices))
   if workdir.writes:
     stored_splits.save_splits(

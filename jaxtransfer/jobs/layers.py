@@ -29,20 +29,24 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  preview,
   progress,
 )
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import pipeline, sources, stored_splits
+from jaxtransfer.data import labels, pipeline, sources, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.measure import bootstrap, classification, gain, probes
 from jaxtransfer.networks import zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import page, sentences, tables
+from jaxtransfer.training import trial
 from jaxtransfer.weights import loading
 
 SPLITS = ("val", "test")
 # Features of one tap held at a time; probing needs a few times as much.
 _PROBED_BYTES = 2**30
+# Of each split, whose probes tell how long all take.
+_PROBED_ROWS = 200
 _NAMED = 3  # taps in a note; more are counted
 
 
@@ -135,6 +139,21 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   label = next(iter(networks))
   networks[label].check_size(config.data.image_size)
   devices = parallel.Devices(config.parallel)
+  images = features.Images(
+    examples=examples,
+    rows=np.sort(np.concatenate(list(divided.values()))),
+    image_size=config.data.image_size,
+    mean=source.mean,
+    std=source.std,
+    batch_size=config.batch_size,
+    workers=config.data.workers,
+    max_failures=config.data.max_failures,
+  )
+  if workdir.dry:
+    names, targets = labels.read_targets(examples.classes, False)
+    notes = [*examples.notes, *notes]
+    data = trial.Data(examples, divided, names, targets, notes)
+    return _preview(config, plan, data, images, networks, devices, workdir.path)
   begun = workdir.begin(str(devices))
   stored_splits.save_splits(workdir.path / "splits.json", divided, examples)
   print(
@@ -147,16 +166,6 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     print(note, flush=True)
 
   started = time.monotonic()
-  images = features.Images(
-    examples=examples,
-    rows=np.sort(np.concatenate(list(divided.values()))),
-    image_size=config.data.image_size,
-    mean=source.mean,
-    std=source.std,
-    batch_size=config.batch_size,
-    workers=config.data.workers,
-    max_failures=config.data.max_failures,
-  )
   extracted = features.extract(
     images,
     networks,
@@ -248,6 +257,88 @@ def _networks(
   return networks
 
 
+def _preview(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  data: trial.Data,
+  images: features.Images,
+  networks: Mapping[str, Network],
+  devices: parallel.Devices,
+  path: pathlib.Path,
+) -> int:
+  """Tells what the run would do, take and leave, for `--dry_run`."""
+  layers = {
+    layer.name: layer
+    for layer in zoo.list_layers(plan.network, config.data.image_size)
+  }
+  speed, extracting = preview.of_extraction(
+    images, networks, plan.taps, devices
+  )
+  rows = {split: len(of) for split, of in data.rows.items()}
+  widths = [layers[tap].channels for tap in plan.taps]
+  probing = _time_of_probing(config, plan, rows, widths, len(data.names))
+  # A round is all parts and the cuts at the ends of stages.
+  share = config.cost_batch_size / images.batch_size
+  rounds = preview.Time(3 * share, 20 * share)
+  costing = preview.Time(
+    rounds.low * speed.computing.low, rounds.high * speed.computing.high
+  )
+  compiling = preview.Time(speed.compiling, 4 * speed.compiling)
+  names = f"{next(iter(networks))} and {plan.seeds} random initialisations"
+  work = [
+    f"extracting: {len(images.rows):,} images through {len(networks)} networks,"
+    f" {plan.network} with {names}, on {devices}: {extracting}",
+    f"probing: {len(plan.taps)} taps x {len(networks)} networks x"
+    f" {len(plan.probes)} probes: {probing}",
+    f"timing {len(plan.taps)} cuts: {costing}",
+  ]
+  seconds = extracting + probing + costing + compiling
+  size = 4 * len(networks) * len(images.rows) * sum(widths)
+  return preview.tell(config, path, [data], work, speed, seconds, size)
+
+
+def _time_of_probing(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  rows: Mapping[str, int],
+  widths: Sequence[int],
+  num_classes: int,
+) -> preview.Time:
+  """Fits the probes on a few random features, and multiplies.
+
+  How long a fit takes to converge only the features themselves would tell.
+  """
+  rng = np.random.default_rng(0)
+  width = int(np.median(widths))
+  few = {split: min(count, _PROBED_ROWS) for split, count in rows.items()}
+  x = {s: rng.normal(size=(2, n, width)).astype("f") for s, n in few.items()}
+  y = {s: np.arange(n) % num_classes for s, n in few.items()}
+
+  def fit() -> float:
+    started = time.monotonic()
+    for kind in plan.probes:
+      probes.fit_probe(
+        kind,
+        x["train"],
+        y["train"],
+        x["val"],
+        y["val"],
+        x["test"],
+        config.strengths,
+        plan.metrics[0],
+        num_classes,
+      )
+    return time.monotonic() - started
+
+  first = fit()
+  once = fit()
+  share = sum(rows.values()) / sum(few.values()) * sum(widths) / width
+  seconds = once * share * (1 + plan.seeds) / 2
+  # Every width compiles.
+  compiling = (first - once) * len(set(widths))
+  return preview.Time(seconds / 4, 2 * seconds + max(0.0, compiling))
+
+
 def _measure(
   config: ml_collections.ConfigDict,
   plan: Plan,
@@ -304,9 +395,8 @@ def _measure(
     score = float(found[-1].values[0, 0, 0, 1])
     workdir.log(event="probe", tap=tap, **{plan.metrics[0]: score})
     if tap in missing:
-      bar.update()
       on_val = float(found[-1].values[0, 0, 0, 0])
-      bar.tell(f"{tap}, validation {plan.metrics[0]} {on_val:.3f}")
+      bar.update(words=f"{tap}, validation {plan.metrics[0]} {on_val:.3f}")
   bar.close()
   return found
 

@@ -7,7 +7,7 @@ trained, judged on validation, and read on the test split when it is asked to.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -176,6 +176,7 @@ class Trial:
   Attributes:
     config: as given.
     loss: what is made small.
+    batches: of the train split, shuffled, of all epochs.
     steps: of the whole training.
     failures: image -> why it could not be read, of all splits read so far.
 
@@ -205,7 +206,7 @@ class Trial:
     self._seed = seed
     self.failures: dict[str, str] = {}
     check(config, devices)
-    self._train = pipeline.Batches(
+    self.batches = pipeline.Batches(
       data.examples,
       data.rows["train"],
       image_size=config.data.image_size,
@@ -216,7 +217,7 @@ class Trial:
       drop_last=True,
       shard=devices.shard,
     )
-    self.steps = len(self._train)
+    self.steps = len(self.batches)
     self.loss = make_loss(config, data)
     self._schedule = optimisers.Schedule(**config.schedule)
     optimiser = optimisers.Optimiser(**config.optimiser)
@@ -247,10 +248,24 @@ class Trial:
       patience=config.patience,
     )
 
+  def first_state(self) -> steps.State:
+    """Returns the state before the first step."""
+    return steps.first_state(self._network, self._recipe, self._seed)
+
+  def step(self, epoch: int) -> Callable:
+    """Returns the compiled step, the same in every epoch."""
+    del epoch
+    graph, _, _ = steps.take_apart(self._network)
+    return self._devices.compile_step(steps.make_step(graph, self._recipe))
+
+  def put(self, batch: dict[str, np.ndarray]) -> Any:
+    """Sends a batch to the devices."""
+    return self._devices.put(loop.filled(batch))
+
   @property
   def trained_params(self) -> int:
     """How many numbers the training may change."""
-    state = steps.first_state(self._network, self._recipe, self._seed)
+    state = self.first_state()
     return sum(value.size for value in state.params.values())
 
   def fit(
@@ -274,7 +289,7 @@ class Trial:
       self._recipe,
       self._schedule,
       self._settings,
-      train=self._train,
+      train=self.batches,
       validate=lambda: self._batches("val"),
       score=self._score,
       devices=self._devices,

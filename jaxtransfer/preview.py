@@ -18,11 +18,13 @@ from flax import nnx
 
 from jaxtransfer import configuration, features, parallel, progress
 from jaxtransfer.data import pipeline, preprocess
+from jaxtransfer.measure import probes
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import trial
 
 # Batches that are measured; where one takes long, fewer.
 _BATCHES, _SECONDS = 5, 20.0
+_PROBED = 200  # rows of each split
 # A forward pass against a step of training, which has a backward one too.
 _FORWARD = 1 / 3
 
@@ -169,6 +171,62 @@ def of_extraction(
   )
   count = len(networks)
   return speed, speed.of(-(-len(images.rows) // size), count, count)
+
+
+def of_probing(
+  rows: Mapping[str, int],
+  widths: Sequence[int],
+  networks: int,
+  *,
+  kinds: Sequence[str],
+  strengths: Sequence[float],
+  metric: str,
+  num_classes: int,
+) -> Time:
+  """Fits probes on a few random features, and multiplies.
+
+  How long a fit takes to converge the features themselves would tell.
+
+  Args:
+    rows: of each split.
+    widths: of the features of each tap.
+    networks: how many.
+    kinds: of probe.
+    strengths: as `probes.fit_probe` takes them.
+    metric: likewise.
+    num_classes: likewise.
+  """
+  rng = np.random.default_rng(0)
+  width = int(np.median(widths))
+  few = {split: min(count, _PROBED) for split, count in rows.items()}
+  x = {
+    split: rng.normal(size=(1, count, width)).astype(np.float32)
+    for split, count in few.items()
+  }
+  labels = {split: np.arange(n) % num_classes for split, n in few.items()}
+
+  def fit() -> float:
+    started = time.monotonic()
+    for kind in kinds:
+      probes.fit_probe(
+        kind,
+        x["train"],
+        labels["train"],
+        x["val"],
+        labels["val"],
+        x["test"],
+        strengths,
+        metric,
+        num_classes,
+      )
+    return time.monotonic() - started
+
+  first, once = fit(), fit()
+  share = sum(rows.values()) / sum(few.values()) * sum(widths) / width
+  seconds = once * share * networks
+  # Every width compiles.
+  compiling = max(0.0, first - once) * len(set(widths))
+  return Time(seconds / 4, 2 * seconds + compiling)
 
 
 def bytes_of_training(training: trial.Trial) -> int:

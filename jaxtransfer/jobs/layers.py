@@ -45,8 +45,6 @@ from jaxtransfer.weights import loading
 SPLITS = ("val", "test")
 # Features of one tap held at a time; probing needs a few times as much.
 _PROBED_BYTES = 2**30
-# Of each split, whose probes tell how long all take.
-_PROBED_ROWS = 200
 _NAMED = 3  # taps in a note; more are counted
 
 
@@ -274,9 +272,16 @@ def _preview(
   speed, extracting = preview.of_extraction(
     images, networks, plan.taps, devices
   )
-  rows = {split: len(of) for split, of in data.rows.items()}
   widths = [layers[tap].channels for tap in plan.taps]
-  probing = _time_of_probing(config, plan, rows, widths, len(data.names))
+  probing = preview.of_probing(
+    {split: len(rows) for split, rows in data.rows.items()},
+    widths,
+    len(networks),
+    kinds=plan.probes,
+    strengths=config.strengths,
+    metric=plan.metrics[0],
+    num_classes=len(data.names),
+  )
   # A round is all parts and the cuts at the ends of stages.
   share = config.cost_batch_size / images.batch_size
   rounds = preview.Time(3 * share, 20 * share)
@@ -295,48 +300,6 @@ def _preview(
   seconds = extracting + probing + costing + compiling
   size = 4 * len(networks) * len(images.rows) * sum(widths)
   return preview.tell(config, path, [data], work, speed, seconds, size)
-
-
-def _time_of_probing(
-  config: ml_collections.ConfigDict,
-  plan: Plan,
-  rows: Mapping[str, int],
-  widths: Sequence[int],
-  num_classes: int,
-) -> preview.Time:
-  """Fits the probes on a few random features, and multiplies.
-
-  How long a fit takes to converge only the features themselves would tell.
-  """
-  rng = np.random.default_rng(0)
-  width = int(np.median(widths))
-  few = {split: min(count, _PROBED_ROWS) for split, count in rows.items()}
-  x = {s: rng.normal(size=(2, n, width)).astype("f") for s, n in few.items()}
-  y = {s: np.arange(n) % num_classes for s, n in few.items()}
-
-  def fit() -> float:
-    started = time.monotonic()
-    for kind in plan.probes:
-      probes.fit_probe(
-        kind,
-        x["train"],
-        y["train"],
-        x["val"],
-        y["val"],
-        x["test"],
-        config.strengths,
-        plan.metrics[0],
-        num_classes,
-      )
-    return time.monotonic() - started
-
-  first = fit()
-  once = fit()
-  share = sum(rows.values()) / sum(few.values()) * sum(widths) / width
-  seconds = once * share * (1 + plan.seeds) / 2
-  # Every width compiles.
-  compiling = (first - once) * len(set(widths))
-  return preview.Time(seconds / 4, 2 * seconds + max(0.0, compiling))
 
 
 def _measure(

@@ -49,9 +49,10 @@ class Progress:
     quiet: bool = False,
   ):
     self._what, self._unit, self._total = what, unit, total
-    self._before = self._done = done
-    self._started = time.monotonic()
-    self._told, self._wait = self._started, _FIRST
+    self._done = done
+    self._told, self._wait = time.monotonic(), _FIRST
+    # When the first had come, which compiles, and how much was done then.
+    self._begun: tuple[float, int] | None = None
     self._words_told = -math.inf
     if done and done != total and not quiet:
       print(f"{what} goes on {at or f'after {self._counted()}'}", flush=True)
@@ -90,6 +91,7 @@ class Progress:
     """
     self._done += count
     self._bar.update(count)
+    self._begun = self._begun or (time.monotonic(), self._done)
     if words:
       self.tell(words)
     elif self._lines and time.monotonic() - self._told >= self._wait:
@@ -116,8 +118,10 @@ class Progress:
 
   def _line(self, words: str) -> None:
     self._told = time.monotonic()
-    done, left = self._done - self._before, (self._total or 0) - self._done
-    if done > 0 and left > 0:
-      seconds = (self._told - self._started) / done * left
-      words += f"; {duration(seconds)} left"
+    left = (self._total or 0) - self._done
+    if self._begun is not None and left > 0:
+      started, before = self._begun
+      if self._done > before:
+        seconds = (self._told - started) / (self._done - before) * left
+        words += f"; {duration(seconds)} left"
     print(f"{self._what}: {words}", flush=True)

@@ -31,8 +31,9 @@ def test_a_time_is_said_in_the_unit_that_people_would_use(seconds, words):
 
 def test_without_a_terminal_scores_come_in_lines_with_the_time_left(capsys):
   """The first and the last always; no bar, whose redrawing would fill a log."""
-  with progress.Progress("training", "steps", 4) as bar:
+  with progress.Progress("training", "steps", 8) as bar:
     for epoch in range(1, 5):
+      bar.update()
       bar.update()
       bar.tell(f"epoch {epoch} of 4")
   out, err = capsys.readouterr()
@@ -50,6 +51,21 @@ def test_a_pass_that_goes_on_says_from_where(capsys):
   assert capsys.readouterr().out.splitlines() == [
     "extracting goes on after 4,096 of 9,000 images",
     "training goes on at epoch 2 of 3",
+  ]
+
+
+def test_what_compiles_has_no_part_in_the_time_left(capsys, monkeypatch):
+  """The first step of a training may take as long as all the others."""
+  now = [0.0]
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+  with progress.Progress("training", "steps", 100) as bar:
+    now[0] = 120
+    bar.update(words="epoch 1 of 100")
+    now[0] = 130
+    bar.update(words="epoch 2 of 100")
+  assert capsys.readouterr().out.splitlines() == [
+    "training: epoch 1 of 100",
+    "training: epoch 2 of 100; 16 minutes left",
   ]
 
 

@@ -10,8 +10,8 @@ runs/truncate/export/model.safetensors. The same command again, after any stop,
 goes on where it was; started several times at once, the processes share the
 work.
 
-A ResNet-50 is 90 to 129 trainings of 200 epochs at most: work for GPUs. A laptop
-wants fewer and shorter ones, with `--config.seeds=1 --config.epochs=20
+A ResNet-50 is 90 to 129 trainings of 200 epochs at most: work for GPUs. A
+laptop wants fewer and shorter ones, with `--config.seeds=1 --config.epochs=20
 --config.methods=ttl --config.small=` 7 to 15. The same command with `--dry_run`
 says how many they are and how long they take on the images and the machine at
 hand.

@@ -1,7 +1,7 @@
 """The recipe of the weights in the package: ResNet-18 on CIFAR-10 at 64 pixels.
 
 tfds build cifar10 --file_format=array_record
-jaxtransfer --config=configs/cifar10.py --workdir=runs/cifar10
+jaxtransfer --config=cifar10 --workdir=runs/cifar10
 
 From random weights, 13 epochs over the 50,000 training photographs, resized
 to 64 x 64, with SGD, a one-cycle learning rate and label smoothing 0.05. A

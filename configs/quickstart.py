@@ -1,10 +1,12 @@
 """The main job on drawn tissue, with the weights in the package: no download.
 
-jaxtransfer --config=configs/quickstart.py --workdir=runs/quickstart
+jaxtransfer --config=quickstart --workdir=runs/quickstart
 
 ResNet-18 up to layer3, trained on CIFAR-10's photographs, against three random
 initialisations, on 1,500 synthetic tiles of 60 patients. Ends in under three
-minutes on two cores with runs/quickstart/report.html.
+minutes on two cores with runs/quickstart/report.html: cut after layer1.1, whose
+AUROC is 0.928 [0.905, 0.948] with 6 % of the parameters, 0.049 above random
+weights; layer3.1, the deepest, comes to 0.910.
 """
 
 import pathlib

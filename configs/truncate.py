@@ -1,6 +1,6 @@
 """Where to cut a network that is fine-tuned on your images, and what it gives.
 
-jaxtransfer --config=configs/truncate.py:resnet50 --workdir=runs/truncate \
+jaxtransfer --config=truncate:resnet50 --workdir=runs/truncate \
   --config.data=manifest.csv
 
 Trains the network cut after every block, then after every layer around the best
@@ -8,8 +8,13 @@ block, beside the whole network, other ways of fine-tuning and small networks
 from scratch, each for three seeds. Ends with runs/truncate/report.html and
 runs/truncate/export/model.safetensors. The same command again, after any stop,
 goes on where it was; started several times at once, the processes share the
-work. A laptop wants fewer and shorter trainings: `--config.seeds=1
---config.epochs=20 --config.methods=ttl --config.small=`.
+work.
+
+A ResNet-50 is 90 to 129 trainings of 200 epochs at most: work for GPUs. A
+laptop wants fewer and shorter ones, with `--config.seeds=1 --config.epochs=20
+--config.methods=ttl --config.small=` 7 to 15. The same command with `--dry_run`
+says how many they are and how long they take on the images and the machine at
+hand.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """The keys that every config shares, so that one learns them once."""
 
-import importlib.util
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +9,36 @@ import ml_collections
 
 from jaxtransfer import errors
 
+# A clone keeps them at its top, where people look; this is a link to them.
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+# What a key was called before -> what it is called now.
+RENAMED = {"many_labels": "multilabel"}
+
+
+def packaged() -> dict[str, pathlib.Path]:
+  """Returns name -> file of the configs that come with the program."""
+  return {path.stem: path for path in sorted(CONFIGS.glob("*.py"))}
+
+
+def resolve(given: str) -> str:
+  """Returns what `--config` says, with a file in the place of a bare name.
+
+  Args:
+    given: a path, or the name of a packaged config; after a colon what its
+      get_config takes. Where there is a file of that name, it is meant.
+  """
+  name, colon, argument = given.partition(":")
+  if pathlib.Path(name).is_file() or name not in packaged():
+    return given
+  return f"{packaged()[name]}{colon}{argument}"
+
 
 def shared(job: str, network: str) -> ml_collections.ConfigDict:
   """Returns a config with the keys that every job has, and their defaults.
 
   Args:
-    job: the job's name, a module of `jaxtransfer.jobs`.
+    job: the job's name, one of `jaxtransfer.jobs.JOBS`.
     network: a name of `jaxtransfer.list_models()`.
   """
   config = ml_collections.ConfigDict()
@@ -36,7 +60,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default
 
   config.network = ml_collections.ConfigDict()
-  config.network.name = network
+  config.network.name = network  # what follows the colon; see `models`
   config.network.weights = "imagenet"  # a catalog name or a path; "" = random
   config.network.prefix = ""  # of its names in a file of several; "" = found
   config.network.until = ""  # deepest layer used; "" = the whole network
@@ -64,7 +88,7 @@ def training(config: ml_collections.ConfigDict) -> None:
     ""  # class that is to be found; "" = of two the last, or all
   )
   config.prevalence = 0.0  # its share among the tested; 0 = not known
-  config.log_steps = 50
+  config.log_steps = 50  # from line to line of metrics.jsonl
   config.checkpoint_steps = 500  # and after every epoch
   config.checkpoints = 2  # kept; each holds the best epoch's weights too
 
@@ -85,32 +109,18 @@ def training(config: ml_collections.ConfigDict) -> None:
 
   config.loss = ml_collections.ConfigDict()
   config.loss.class_weights = "balanced"  # or "none"
-  config.loss.label_smoothing = 0.0
+  config.loss.label_smoothing = 0.0  # share of the label given to all
 
   config.augment = ml_collections.ConfigDict()
   config.augment.crop = 0.08  # smallest share of the area kept; 1 = no crop
-  config.augment.flip_horizontal = True
-  config.augment.flip_vertical = False
-  config.augment.quarter_turns = False
+  config.augment.flip_horizontal = True  # half of the images
+  config.augment.flip_vertical = False  # half of the images
+  config.augment.quarter_turns = False  # by 0, 90, 180 or 270 degrees
   config.augment.stain = 0.0  # of hematoxylin and eosin; e.g. 0.05
-  config.augment.brightness = 0.0
-  config.augment.contrast = 0.0
-  config.augment.saturation = 0.0
+  config.augment.brightness = 0.0  # largest change of the factor
+  config.augment.contrast = 0.0  # likewise
+  config.augment.saturation = 0.0  # likewise
   config.augment.hue = 0.0  # share of the circle
-
-
-def job_module(name: str) -> str:
-  """Returns the module of a job.
-
-  Raises:
-    UsageError: no such job.
-  """
-  module = f"jaxtransfer.jobs.{name}"
-  if not name.isidentifier() or importlib.util.find_spec(module) is None:
-    raise errors.UsageError(
-      f"config.job is {name!r}; no file jaxtransfer/jobs/{name}.py"
-    )
-  return module
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -129,13 +139,25 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return found
 
 
+def written(value: Any) -> str:
+  """Returns a key's value as it is given on a command line."""
+  if isinstance(value, tuple):
+    return ",".join(f"{number:g}" for number in value)
+  return str(value)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Checks the keys that every job has and uses in the same way.
 
   Raises:
     UsageError: naming the key.
   """
-  for key, value in flat(config).items():
+  values = flat(config)
+  for key, value in values.items():
+    if RENAMED.get(key) in values:
+      raise errors.UsageError(
+        f"config.{key} is called config.{RENAMED[key]} now"
+      )
     # Tuples are of numbers; the flags' parser takes anything for one.
     several = value if isinstance(value, tuple) else (value,)
     if (several is value and any(isinstance(x, str) for x in several)) or any(

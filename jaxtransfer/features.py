@@ -19,9 +19,8 @@ from typing import Any
 import h5py
 import jax
 import numpy as np
-import tqdm
 
-from jaxtransfer import files, inference, parallel
+from jaxtransfer import files, inference, parallel, progress
 from jaxtransfer.data import pipeline, sources
 from jaxtransfer.networks import tensors
 from jaxtransfer.networks.network import Network
@@ -179,11 +178,11 @@ def extract(
       batch_size=devices.batch_size(images.batch_size),
       workers=images.workers,
     ) as batches,
-    tqdm.tqdm(
-      total=len(rows),
-      desc=f"extracting, {len(networks)} networks",
-      unit=" images",
-      disable=None,
+    progress.Progress(
+      f"extracting, {len(networks)} networks",
+      "images",
+      count,
+      count - len(rows),
     ) as bar,
   ):
     outputs = _flat(inference.run(compute, batches, devices), bar)
@@ -207,7 +206,7 @@ def extract(
 
 
 def _flat(
-  outputs: Iterator[inference.Outputs], bar: tqdm.tqdm
+  outputs: Iterator[inference.Outputs], bar: progress.Progress
 ) -> Iterator[dict[Any, np.ndarray]]:
   """Yields {"mask": (B,), (label, tap): (B, C)} of what is not padding."""
   for row, mask, values in outputs:

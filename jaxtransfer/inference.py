@@ -25,10 +25,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-import tqdm
 from flax import nnx
 
-from jaxtransfer import files, parallel
+from jaxtransfer import files, parallel, progress
 from jaxtransfer.data import preprocess
 from jaxtransfer.measure import cost
 from jaxtransfer.networks import functional, zoo
@@ -494,11 +493,8 @@ def _time(
   moment slows all of them.
   """
   segments = parts.segments()
-  with tqdm.tqdm(
-    total=len(segments) + len(parts.ends),
-    desc="compiling the cuts",
-    unit=" programs",
-    disable=None,
+  with progress.Progress(
+    "compiling the cuts", "programs", len(segments) + len(parts.ends)
   ) as bar:
     x_NHWC = pixels
     for segment in segments:
@@ -512,12 +508,8 @@ def _time(
       wholes.append(program)
       stored["memory"].append(memory)
       bar.update()
-  with tqdm.tqdm(
-    total=_ROUNDS,
-    initial=len(stored["rounds"]),
-    desc="timing the cuts",
-    unit=" rounds",
-    disable=None,
+  with progress.Progress(
+    "timing the cuts", "rounds", _ROUNDS, len(stored["rounds"])
   ) as bar:
     while not _enough(stored["rounds"]):
       seconds = []

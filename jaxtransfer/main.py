@@ -1,6 +1,6 @@
 """absl flags -> config -> one job.
 
-jaxtransfer --config=configs/layers.py:resnet50 --workdir=runs/l1 \
+jaxtransfer --config=layers:resnet50 --workdir=runs/l1 \
   --config.data=manifest.csv
 """
 
@@ -10,7 +10,9 @@ if __name__ == "__main__":
   # Before the other imports, which take their time.
   signals.end_at_signals()
 
+import contextlib
 import errno
+import functools
 import importlib
 import pathlib
 import shlex
@@ -21,10 +23,21 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxtransfer import configuration, errors, files, hosts, mistakes, workdir
+from jaxtransfer import (
+  configuration,
+  errors,
+  files,
+  guide,
+  hosts,
+  jobs,
+  mistakes,
+  workdir,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/ and, after a colon, a network's name."
+  "config",
+  None,
+  "A packaged config's name, or a file, and, after a colon, a network's name.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; the same command again resumes it."
@@ -35,6 +48,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "Whether this is one of several processes that train together, each started"
   " with this command; see launch/README.md.",
 )
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run",
+  False,
+  "Says what the run would do, how long it would take and how much disk, and"
+  " writes nothing.",
+)
 
 USAGE = 2
 # What a disk says that is full or may not be written.
@@ -42,10 +61,6 @@ _MENDED = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
   *(errno.EROFS, errno.EACCES, errno.EPERM),
 )
-# Jobs that several processes of one run train together.
-JOINED = ("finetune",)
-# Jobs whose work is divided among all runs with the same workdir.
-SHARED = ("truncate",)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -53,12 +68,17 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
-      raise errors.UsageError(f"unknown argument {rest[1]!r}")
+      near = errors.nearest(rest[1], guide.ASKED)
+      if rest[1].partition(":")[0] in configuration.packaged():
+        near = f"; did you mean --config={rest[1]}?"
+      raise errors.UsageError(f"unknown argument {rest[1]!r}{near}")
     for flag in (_CONFIG, _WORKDIR):
       if flag.value in (None, ""):
-        raise errors.UsageError(f"--{flag.name} is missing")
+        raise errors.UsageError(
+          f"--{flag.name} is missing; jaxtransfer --help says what there is"
+        )
     # A config file that could not be loaded says so when it is first used.
-    configuration.job_module(_CONFIG.value.job)
+    jobs.find(_CONFIG.value.job)
     return rest
   # A config file is a program, and may raise anything.
   except Exception as e:  # noqa: BLE001
@@ -67,9 +87,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _join(job: str) -> hosts.Several:
   """Joins the processes of the run, before JAX is used for anything else."""
-  if job not in JOINED:
+  if not jobs.find(job).joins:
+    joined = [name for name, of in jobs.JOBS.items() if of.joins]
     raise errors.UsageError(
-      f"--distributed is for config.job {', '.join(JOINED)}; {job!r} runs in"
+      f"--distributed is for config.job {', '.join(joined)}; {job!r} runs in"
       " one process"
     )
   processes = hosts.Several()
@@ -79,6 +100,8 @@ def _join(job: str) -> hosts.Several:
 
 def _write_failures(failures: Sequence[tuple[str, str]]) -> str:
   """Lists the images that stopped a run, and returns where, in words."""
+  if _DRY_RUN.value:
+    return ""
   path = pathlib.Path(_WORKDIR.value) / "failures.csv"
   try:
     files.write_csv(path, ("name", "reason"), failures)
@@ -109,25 +132,41 @@ def _not_compared(config: ml_collections.ConfigDict) -> str | None:
   return stored_splits.check_unchanged(path, examples)
 
 
-def main(argv: Sequence[str]) -> int:
-  """Runs the job that the config names and returns the exit code."""
+def _workdir(
+  config: ml_collections.ConfigDict,
+  job: jobs.Job,
+  command: str,
+  processes: hosts.One,
+) -> contextlib.AbstractContextManager[workdir.Workdir]:
+  """Takes the workdir; for a dry run, only looks at it."""
+  path, values, shared = _WORKDIR.value, config.to_dict(), job.divides
+  if _DRY_RUN.value:
+    return contextlib.nullcontext(workdir.look(path, values, shared))
+  return workdir.claim(path, values, command, processes, shared)
+
+
+def main(command: str, argv: Sequence[str]) -> int:
+  """Runs the job that the config names and returns the exit code.
+
+  Args:
+    command: as the user gave it.
+    argv: what is left of it beside flags.
+  """
+  del argv
   config = _CONFIG.value
   processes = hosts.One()
   if not flags.FLAGS["verbosity"].present:
     # absl's own default lets every library tell what it does.
     logging.set_verbosity(logging.WARNING)
   try:
-    module = configuration.job_module(config.job)
-    command = shlex.join(["jaxtransfer", *sys.argv[1:]])
+    job = jobs.find(config.job)
     if _DISTRIBUTED.value:
+      if _DRY_RUN.value:
+        raise errors.UsageError(
+          "--dry_run is of one process; leave --distributed out"
+        )
       processes = _join(config.job)
-    with workdir.claim(
-      _WORKDIR.value,
-      config.to_dict(),
-      command,
-      processes,
-      shared=config.job in SHARED,
-    ) as claimed:
+    with _workdir(config, job, command, processes) as claimed:
       if claimed.finished:
         # Of several processes the first compares for all.
         missing = _not_compared(config) if processes.first else None
@@ -136,15 +175,16 @@ def main(argv: Sequence[str]) -> int:
         if missing:
           print(f"Its data were not compared with what they are now: {missing}")
         return claimed.report_failures()
-      print(f"jaxtransfer {config.job} -> {claimed.path}", flush=True)
-      job = importlib.import_module(module)
+      dry = " (dry run)" * claimed.dry
+      print(f"jaxtransfer {config.job} -> {claimed.path}{dry}", flush=True)
+      module = importlib.import_module(job.module)
       parallel = importlib.import_module("jaxtransfer.parallel")
       parallel.cache_programs()
       if not _DISTRIBUTED.value:
         together = config.batch_size // max(1, config.get("accumulate", 1))
         parallel.use_processors(max(1, together))
       signals.hand_signals(processes.preempt)
-      return job.run(config, claimed)
+      return module.run(config, claimed)
   except errors.UsageError as e:
     processes.end(str(e), USAGE)
   except errors.UnreadableError as e:
@@ -173,14 +213,18 @@ def run() -> None:
   signals.end_at_signals()
   hosts.use_huge_pages()
   hosts.settle_surroundings()
-  # `--config.data=tiles.csv` is short for the key that names the source.
-  sys.argv[1:] = [
-    argument.replace("--config.data=", "--config.data.source=", 1)
-    if argument.startswith("--config.data=")
-    else argument
-    for argument in sys.argv[1:]
-  ]
-  app.run(main, flags_parser=_parse)
+  given = sys.argv[1:]
+  try:
+    answer = guide.answer(given)
+  except errors.UsageError as e:
+    hosts.One().end(str(e), USAGE)
+  if answer is not None:
+    print(answer)
+    return
+  command = shlex.join(["jaxtransfer", *given])
+  # Where the config's flags look for themselves.
+  sys.argv[1:] = mistakes.written_out(given)
+  app.run(functools.partial(main, command), flags_parser=_parse)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from jaxtransfer import configuration
+from jaxtransfer import configuration, jobs
 from jaxtransfer.errors import UsageError
 
 # What other tools call our keys, by the last part of their name.
@@ -81,7 +81,7 @@ _WORKDIR_CALLED = (
   *("workdir", "out", "output", "out_dir", "output_dir"),
   *("save_dir", "logdir", "log_dir"),
 )
-_FLAGS = ("config", "workdir", "distributed")
+_FLAGS = ("config", "workdir", "dry_run", "distributed", "help", "version")
 _VALUES = {
   bool: "True or False",
   int: "a whole number",
@@ -101,18 +101,17 @@ def explain(argv: Sequence[str], error: Exception) -> str:
     return str(error)
   if isinstance(error, flags.UnrecognizedFlagError):
     return f"unknown flag --{error.flagname}{_flag(argv, error.flagname)}"
-  given = _given(argv)
-  if given is not None:
+  config_file = named(argv)
+  if config_file is not None:
     try:
-      config = load(given)
+      config = load(config_file)
     except UsageError as e:
       return str(e)
-    file = pathlib.Path(given.partition(":")[0])
     keys = configuration.flat(config)
     for name in _overrides(argv):
       group = any(key.startswith(f"{name}.") for key in keys)
       if name not in keys and not group:
-        return _unknown(name, config, file)
+        return _unknown(name, config)
       value = re.search(rf"--config\.{name}=(.*?): ", str(error), re.DOTALL)
       if value:
         return _wrong(name, value[1], keys)
@@ -124,12 +123,12 @@ def load(given: str) -> ml_collections.ConfigDict:
   """Reads a config as `--config` names it.
 
   Args:
-    given: the file's path and, after a colon, what its get_config takes.
+    given: as `configuration.resolve` takes it.
 
   Raises:
     UsageError: there is no such file, or it gives no config; with its line.
   """
-  file, *argument = given.split(":", 1)
+  file, *argument = configuration.resolve(given).split(":", 1)
   path = pathlib.Path(file)
   if not path.is_file():
     raise UsageError(
@@ -141,7 +140,7 @@ def load(given: str) -> ml_collections.ConfigDict:
     if not callable(get_config):
       raise UsageError(
         f"{path} has no function get_config, which returns the config; see"
-        " configs/ of the clone"
+        f" {configuration.CONFIGS}"
       )
     config = get_config(*argument)
   except UsageError:
@@ -160,12 +159,34 @@ def load(given: str) -> ml_collections.ConfigDict:
   if not isinstance(config, ml_collections.ConfigDict) or "job" not in config:
     raise UsageError(
       f"{path}: get_config must return a ConfigDict with a key job; see"
-      " configs/ of the clone"
+      f" {configuration.CONFIGS}"
     )
   return config
 
 
-def _given(argv: Sequence[str]) -> str | None:
+def written_out(arguments: Sequence[str]) -> list[str]:
+  """Returns a command line's arguments without what is short for others.
+
+  `--config=layers` stands for the packaged file of that name,
+  `--config.data=tiles.csv` for the key that names the source.
+
+  Args:
+    arguments: without the program's name.
+  """
+  found: list[str] = []
+  for argument in arguments:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config") and equals:
+      argument = f"{name}={configuration.resolve(value)}"
+    elif found and found[-1] in ("--config", "-config"):
+      argument = configuration.resolve(argument)
+    elif name == "--config.data" and equals:
+      argument = f"--config.data.source={value}"
+    found.append(argument)
+  return found
+
+
+def named(argv: Sequence[str]) -> str | None:
   """Returns the value of --config, None where it is not there."""
   for i, argument in enumerate(argv):
     found = re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL)
@@ -182,21 +203,17 @@ def _overrides(argv: Sequence[str]) -> list[str]:
 
 def _other_file(path: pathlib.Path, argument: Sequence[str]) -> str:
   """Says which file may have been meant in place of one that is not there."""
-  ours = pathlib.Path(__file__).parents[1] / "configs"
   rest = "".join(f":{a}" for a in argument)
-  for folder in (path.parent, pathlib.Path("configs"), ours):
-    found = {f.stem: f for f in sorted(folder.glob("*.py"))}
-    # Any folder has some file; that of the configs is known by one.
-    if "layers" not in found:
-      continue
-    near = difflib.get_close_matches(path.stem, found, n=1)
-    if near:
-      return f"; did you mean --config={found[near[0]]}{rest}?"
-    return (
-      f"; in {folder} are {', '.join(found)}, as in"
-      f" --config={found['layers']}:resnet50"
-    )
-  return "; the configs are in configs/ of the clone"
+  beside = {f.stem: f for f in sorted(path.parent.glob("*.py"))}
+  ours = configuration.packaged()
+  for near in difflib.get_close_matches(path.stem, {**ours, **beside}, n=1):
+    # Whoever gave a path means a file.
+    is_name = len(path.parts) < 2 and near in ours
+    meant = near if is_name else beside.get(near, near)
+    return f"; did you mean --config={meant}{rest}?"
+  return (
+    f"; the program's own are {', '.join(ours)}, as in --config=layers:resnet50"
+  )
 
 
 def _flag(argv: Sequence[str], name: str) -> str:
@@ -204,10 +221,10 @@ def _flag(argv: Sequence[str], name: str) -> str:
   near = difflib.get_close_matches(name, _FLAGS, n=1)
   if near or name in _WORKDIR_CALLED:
     return f"; did you mean --{near[0] if near else 'workdir'}?"
-  given = _given(argv)
-  if given is not None:
+  config_file = named(argv)
+  if config_file is not None:
     try:
-      keys = configuration.flat(load(given))
+      keys = configuration.flat(load(config_file))
     except UsageError:
       return ""
     meant = _meant(name, keys) or _near(name, keys)
@@ -216,16 +233,20 @@ def _flag(argv: Sequence[str], name: str) -> str:
   return "; a key of the config is given as --config.key=value"
 
 
-def _unknown(
-  key: str, config: ml_collections.ConfigDict, file: pathlib.Path
-) -> str:
+def _unknown(key: str, config: ml_collections.ConfigDict) -> str:
   """Says of a key that the config has not which one may have been meant."""
   said = f"the config has no key {key}"
   if key in _WORKDIR_CALLED:
     return f"{said}; did you mean the flag --workdir?"
-  keys, jobs = configuration.flat(config), _jobs(file.parent)
-  jobs.pop(config.job, None)
-  elsewhere = sorted({k for others in jobs.values() for k in others})
+  keys = configuration.flat(config)
+  if (new := configuration.RENAMED.get(key)) in keys:
+    return f"{said} any more: it is called {new} now"
+  others = {
+    job: configuration.flat(load(str(configuration.packaged()[job])))
+    for job in jobs.JOBS
+    if job != config.job
+  }
+  elsewhere = sorted({k for of_job in others.values() for k in of_job})
   for of_this, other in (
     ("", key if key in elsewhere else ""),
     (_meant(key, keys), _meant(key, elsewhere)),
@@ -234,12 +255,12 @@ def _unknown(
     if of_this:
       return f"{said}; did you mean {of_this}?"
     if other:
-      having = [job for job, others in jobs.items() if other in others]
+      having = [job for job, of_job in others.items() if other in of_job]
       it = "it" if other == key else other
       return (
         f"{said}: {it} is a key of {' and '.join(having)}, not of {config.job}"
       )
-  return f"{said}; the file that --config names lists its keys"
+  return f"{said}; jaxtransfer --help {config.job} lists its keys"
 
 
 def _meant(key: str, known: Iterable[str]) -> str:
@@ -248,8 +269,9 @@ def _meant(key: str, known: Iterable[str]) -> str:
   *groups, last = key.lower().replace("-", "_").split(".")
   groups = [_GROUP_CALLED.get(group, group) for group in groups]
   ours = ".".join([*groups, last])
-  if ours in known:
-    return ours
+  for name in (configuration.RENAMED.get(ours), ours):
+    if name in known:
+      return name
   called = _KEY_CALLED.get(_GROUP_CALLED.get(last, last), "")
   called = _KEY_CALLED.get(last, called)
   if called in known:
@@ -272,27 +294,6 @@ def _near(key: str, known: Iterable[str]) -> str:
   return near[0] if near else ""
 
 
-def _jobs(folder: pathlib.Path) -> dict[str, set[str]]:
-  """Returns job -> keys, as the configs beside the one given set them.
-
-  They are read and not run: somebody else's file may lie there.
-  """
-  found: dict[str, set[str]] = {}
-  for path in sorted(folder.glob("*.py")):
-    text = path.read_text(encoding="utf-8", errors="replace")
-    job = re.search(r"configuration\.shared\(\"(\w+)\"", text)
-    if not job:
-      continue
-    config = configuration.shared(job[1], "")
-    if "configuration.training(" in text:
-      configuration.training(config)
-    found[job[1]] = {
-      *configuration.flat(config),
-      *re.findall(r"^ +config\.([\w.]+) =", text, re.MULTILINE),
-    }
-  return found
-
-
 def _wrong(key: str, value: str, keys: Mapping[str, Any]) -> str:
   """Says what kind of value a key takes, in place of one it does not take."""
   if value.startswith("--"):
@@ -304,10 +305,4 @@ def _wrong(key: str, value: str, keys: Mapping[str, Any]) -> str:
     near = f"; did you mean config.{meant}?" if meant in inner else ""
     return f"{said}, but it is a group of keys ({', '.join(inner)}){near}"
   kind = _VALUES.get(type(keys[key]), "text")
-  return f"{said}; it must be {kind}, e.g. {_example(keys[key])}"
-
-
-def _example(value: Any) -> str:
-  if isinstance(value, tuple):
-    return ",".join(f"{number:g}" for number in value)
-  return str(value)
+  return f"{said}; it must be {kind}, e.g. {configuration.written(keys[key])}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,7 @@ import pathlib
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 from jaxtransfer import configuration, errors, files, hosts
 
@@ -38,9 +39,12 @@ class Workdir:
     config: the whole config as plain values.
     command: the exact command line.
     processes: of the run.
+    dry: whether nothing is to be done.
 
   Attributes:
     writes: whether this process writes to the directory; one of several does.
+    dry: whether the job is to tell what it would do, once its checks are over,
+      and to write nothing.
   """
 
   def __init__(
@@ -49,11 +53,13 @@ class Workdir:
     config: Mapping[str, Any],
     command: str,
     processes: hosts.One,
+    dry: bool = False,
   ):
     self.path = path
     self.config = config
     self.command = command
-    self.writes = processes.first
+    self.writes = processes.first and not dry
+    self.dry = dry
     self._processes = processes
 
   def begin(self, devices: str) -> dict[str, Any]:
@@ -171,11 +177,7 @@ def claim(
       config, or it cannot be written or named.
   """
   path = pathlib.Path(path)
-  if not _is_utf8(path):
-    raise errors.UsageError(
-      f"--workdir={path.absolute()} is no UTF-8, and checkpoints cannot be kept"
-      " under such a name; choose another directory"
-    )
+  _check_name(path)
   config = json.loads(json.dumps(files.finite(config)))
   processes = processes or hosts.One()
   if not processes.first:
@@ -191,15 +193,7 @@ def claim(
       f"--workdir={path} cannot be written: {e.strerror}"
     ) from None
   with lock:
-    # The kernel lets go of it when the process ends, however it ends.
-    taken = files.take_lock(lock, wait=False, shared=shared)
-    if taken is False:
-      lock.seek(0)
-      raise errors.UsageError(
-        f"--workdir={path} is in use by process {lock.read().strip()};"
-        " wait for it or choose another directory"
-      )
-    if taken is None:
+    if not _take(path, lock, shared):
       print(
         f"--workdir={path}: its file system has no locks, so a second process"
         " that works in it would not be noticed; start one at a time",
@@ -210,6 +204,68 @@ def claim(
     lock.flush()
     _refuse_other(path, config)
     yield Workdir(path, config, command, processes)
+
+
+def look(
+  path: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  shared: bool = False,
+) -> Workdir:
+  """Checks a directory as `claim` does, but makes and writes nothing.
+
+  Args:
+    path: the directory, there or not.
+    config: as `claim` takes it.
+    shared: likewise.
+
+  Returns:
+    The directory, for a dry run.
+
+  Raises:
+    UsageError: `claim` would refuse it.
+  """
+  path = pathlib.Path(path)
+  _check_name(path)
+  config = json.loads(json.dumps(files.finite(config)))
+  there = path.absolute()
+  while not there.exists():
+    there = there.parent
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    reason = errno.EACCES if there.is_dir() else errno.ENOTDIR
+    raise errors.UsageError(
+      f"--workdir={path} cannot be written: {os.strerror(reason)}"
+    )
+  with contextlib.suppress(FileNotFoundError):
+    with open(path / ".lock", encoding="utf-8", errors="replace") as lock:
+      _take(path, lock, shared)
+  _refuse_other(path, config)
+  return Workdir(path, config, "", hosts.One(), dry=True)
+
+
+def _take(path: pathlib.Path, lock: IO[str], shared: bool) -> bool:
+  """Takes a directory's lock; returns whether its file system has locks.
+
+  The kernel lets go of it when the process ends, however it ends.
+
+  Raises:
+    UsageError: another process has it.
+  """
+  taken = files.take_lock(lock, wait=False, shared=shared)
+  if taken is False:
+    lock.seek(0)
+    raise errors.UsageError(
+      f"--workdir={path} is in use by process {lock.read().strip()};"
+      " wait for it or choose another directory"
+    )
+  return taken is not None
+
+
+def _check_name(path: pathlib.Path) -> None:
+  if not _is_utf8(path):
+    raise errors.UsageError(
+      f"--workdir={path.absolute()} is no UTF-8, and checkpoints cannot be kept"
+      " under such a name; choose another directory"
+    )
 
 
 def _is_utf8(path: pathlib.Path) -> bool:
@@ -238,7 +294,10 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   old, new = configuration.flat(before), configuration.flat(config)
   if old.get("job") != new.get("job"):
     old, new = {"job": old.get("job")}, {"job": new.get("job")}
-  # An older version did not have every key; "", 0 and False are without it.
+  # An older version called some keys otherwise, and did not have every one:
+  # "", 0 and False are without it.
+  renamed = configuration.RENAMED
+  old = {renamed[k] if renamed.get(k) in new else k: old[k] for k in old}
   old = {key: value for key, value in new.items() if not value} | old
   differences = [
     f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on one node or on several:
 #
-#   sbatch launch/slurm.sh --config=configs/finetune.py:resnet50 \
+#   sbatch launch/slurm.sh --config=finetune:resnet50 \
 #     --workdir=runs/f1 --config.data=manifest.csv
 #   sbatch --nodes=2 --ntasks-per-node=4 --cpus-per-task=4 launch/slurm.sh ...
 #

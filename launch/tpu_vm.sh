@@ -2,7 +2,7 @@
 # Trains on every host of a Cloud TPU slice:
 #
 #   TPU_NAME=my-slice ZONE=europe-west4-b launch/tpu_vm.sh \
-#     --config=configs/finetune.py:resnet50 --workdir=runs/f1 \
+#     --config=finetune:resnet50 --workdir=runs/f1 \
 #     --config.data=/data/manifest.csv --config.dtype=bfloat16
 #
 # Every host needs a clone of this repository in ~/jaxtransfer with its

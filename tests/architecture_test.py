@@ -16,7 +16,7 @@ ALLOWED = {
   "report": {"errors", "files", "results"},
   # Resamples are part of what is measured, and of a dataset's patients.
   "data": {"errors", "files", "measure"},
-  "weights": {"errors", "files", "networks"},
+  "weights": {"errors", "files", "networks", "progress"},
   "training": {
     "data",
     "errors",
@@ -25,6 +25,7 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "progress",
     "results",
     "signals",
   },
@@ -40,6 +41,8 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "preview",
+    "progress",
     "report",
     "results",
     "training",

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from jaxtransfer import jobs
 from jaxtransfer.data import preprocess
 from jaxtransfer.weights import loading
 
@@ -64,7 +65,7 @@ def test_every_link_leads_somewhere():
         assert (DOCS / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("job", ["layers", "finetune", "truncate"])
+@pytest.mark.parametrize("job", jobs.JOBS)
 def test_every_key_of_a_config_is_told(job):
   """In the page of its job, or in finetune.md, which tells the shared ones."""
   path = DOCS.parent / "configs" / f"{job}.py"

@@ -43,7 +43,8 @@ def _run(*arguments):
     ([CONFIG, "--workdir=w", "--wrkdir=x"], "wrkdir"),
     ([CONFIG, "--workdir=w", "layers"], "'layers'"),
     (["--config=no/such.py", "--workdir=w"], "no/such.py"),
-    (["--config=layers:resnet18", "--workdir=w"], "layers.py:resnet18?"),
+    (["--config=layer:resnet18", "--workdir=w"], "--config=layers:resnet18?"),
+    (["layers", "--workdir=w"], "did you mean --config=layers?"),
     (["--config=README.md", "--workdir=w"], "README.md, line "),
     ([CONFIG, "--workdir=w", "--config.strengths=a"], "config.strengths"),
     ([CONFIG, "--workdir=w", "--config.job=layer"], "layer"),
@@ -65,6 +66,29 @@ def test_the_short_form_of_the_source_means_the_key(tmp_path):
   """`--config.data=x` is how people write it."""
   done = _run(CONFIG, f"--workdir={tmp_path}", "--config.data=/no/such.csv")
   assert done.returncode == 2 and "/no/such.csv" in done.stderr
+
+
+def test_a_dry_run_ends_before_the_workdir_is_made(tmp_path):
+  """Through the command line, with what the parser and the checks refuse."""
+  arguments = (
+    "--config=finetune:cbr_tiny",
+    f"--workdir={tmp_path / 'run'}",
+    "--dry_run",
+    "--config.network.weights=",
+    "--config.network.until=block1",
+    "--config.batch_size=8",
+    "--config.epochs=1",
+    "--config.data.image_size=16",
+    "--config.data=synthetic:tissue?patients=10&tiles_per_patient=4",
+  )
+  done = _run(*arguments)
+  assert done.returncode == 0, done.stderr
+  assert "Nothing was written" in done.stdout
+  done = _run(*arguments, "--config.metric=f2")
+  assert done.returncode == 2 and "config.metric is 'f2'" in done.stderr
+  done = _run(*arguments, "--distributed")
+  assert done.returncode == 2 and "leave --distributed out" in done.stderr
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_directory_says_so_and_is_left_alone(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from jaxtransfer import errors, mistakes
+from jaxtransfer import configuration, errors, mistakes
 from tests.jobs import configs
 
 CONFIGS = configs.ROOT / "configs"
@@ -81,13 +81,70 @@ def test_an_unknown_key_names_the_one_that_was_meant(monkeypatch, key, meant):
     ("layers", "lr", ": optimiser.learning_rate is a key of finetune and trun"),
     ("finetune", "folds", ": it is a key of truncate, not of finetune"),
     ("truncate", "train_from", ": it is a key of finetune, not of truncate"),
-    ("finetune", "qqqq", "; the file that --config names lists its keys"),
+    ("finetune", "qqqq", "; jaxtransfer --help finetune lists its keys"),
   ],
 )
 def test_a_key_of_another_job_is_said_to_be_one(monkeypatch, job, key, says):
   config = f"{CONFIGS}/{job}.py:resnet18"
   said = _said(monkeypatch, f"--config.{key}=1", config=config)
   assert said.startswith(f"the config has no key {key}{says}")
+
+
+def test_a_key_says_what_it_is_called_now(monkeypatch, tmp_path):
+  """On the command line and in a config of the user's own; the key that there
+  is now is no mistake, nor is the old one where it still is the key's name."""
+  (tmp_path / "mine.py").write_text(RENAMED)
+  said = _said(
+    monkeypatch,
+    "--config.many_labels=True",
+    config=tmp_path / "mine.py",
+  )
+  assert said == (
+    "the config has no key many_labels any more: it is called multilabel now"
+  )
+  said = _said(monkeypatch, "--many_labels=1", config=tmp_path / "mine.py")
+  assert said.endswith("did you mean --config.multilabel?")
+  config = mistakes.load(str(tmp_path / "mine.py"))
+  configuration.check(config)
+  config.many_labels = True
+  with pytest.raises(errors.UsageError, match="is called config.multilabel no"):
+    configuration.check(config)
+
+
+# A config in which the key has its new name, and only that.
+RENAMED = """
+from jaxtransfer import configuration
+
+def get_config():
+  config = configuration.shared("finetune", "resnet18")
+  configuration.training(config)
+  if "many_labels" in config:
+    del config.many_labels
+  config.multilabel = False
+  return config
+"""
+
+
+def test_a_file_is_meant_before_a_packaged_config(monkeypatch, tmp_path):
+  """`layers` is the program's own wherever one stands, but a file of that name
+  is what its owner means."""
+  monkeypatch.chdir(tmp_path)
+  assert mistakes.load("layers:resnet34").network.name == "resnet34"
+  for name in ("layers", "layers.py"):
+    (tmp_path / name).write_text(RENAMED)
+    assert mistakes.load(name).job == "finetune"
+  assert mistakes.load("quickstart").job == "layers"
+
+
+def test_short_forms_are_written_out_whatever_their_shape(monkeypatch):
+  monkeypatch.chdir(configs.ROOT)
+  path = f"{configuration.CONFIGS / 'layers.py'}:resnet18"
+  for short in (["--config=layers:resnet18"], ["-config", "layers:resnet18"]):
+    *_, last = mistakes.written_out([*short, "--config.data=layers"])[:-1]
+    assert last.removeprefix("--config=") == path
+  kept = ["--config=configs/layers.py", "--config.data.source=x", "layers"]
+  assert mistakes.written_out(kept) == kept
+  assert mistakes.written_out(["--config.data=x"]) == [kept[1]]
 
 
 def test_names_of_other_tools_stand_for_keys_that_there_are():
@@ -131,11 +188,13 @@ def test_a_value_that_was_forgotten_is_not_the_next_flag(monkeypatch):
 @pytest.mark.parametrize(
   ("config", "says"),
   [
-    ("layers", "did you mean --config=configs/layers.py?"),
-    ("layers:resnet50", "did you mean --config=configs/layers.py:resnet50?"),
+    ("layer", "did you mean --config=layers?"),
+    ("layer:resnet50", "did you mean --config=layers:resnet50?"),
+    ("layers.py", "did you mean --config=layers?"),
     ("configs/layer.py", "did you mean --config=configs/layers.py?"),
-    ("resnet50", "configs are cifar10, finetune, layers, quickstart, truncate"),
-    ("configs", "as in --config=configs/layers.py:resnet50"),
+    ("elsewhere/layers.py", "did you mean --config=layers?"),
+    ("resnet50", "own are cifar10, finetune, layers, quickstart, truncate"),
+    ("configs", "as in --config=layers:resnet50"),
     ("", "there is no file ''"),
     ("/no/such.py", "there is no file '/no/such.py'"),
   ],

@@ -63,11 +63,10 @@ def _commands() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path):
-  """A directory as a user's: configs, a manifest and small tiles."""
+  """A directory as a user's: a manifest and small tiles."""
   from jaxtransfer.networks import tensors, zoo  # noqa: PLC0415
   from jaxtransfer.weights import loading  # noqa: PLC0415
 
-  (tmp_path / "configs").symlink_to(ROOT / "configs")
   rng = np.random.default_rng(0)
   rows = ["path,label,group"]
   for i in range(24):
@@ -87,7 +86,7 @@ def folder(tmp_path):
 def test_a_job_runs_as_the_readme_starts_it(command, folder):
   """The same words; only what makes it small is added."""
   _, *arguments = shlex.split(command)
-  job = re.search(r"configs/(\w+)\.py", command)[1]
+  job = re.search(r"--config=(\w+)", command)[1]
   done = subprocess.run(
     [
       sys.executable,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, parallel, results
+from jaxtransfer import configuration, parallel, preview, results
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.measure import evaluation
@@ -88,6 +88,26 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     metric=config.metric,
     frozen=plan.frozen,
   )
+  if workdir.dry:
+    # Before the training is measured, which uses it up.
+    size = preview.bytes_of_training(training) + 4 * zoo.count(network)[0]
+    speed, seconds = preview.of_training(
+      training, devices, len(data.rows["val"])
+    )
+    work = (
+      f"1 training of {len(training.batches):,} steps, {config.epochs} epochs, of"
+      f" {plan.network} to {plan.last} with {source.label} weights on {devices}"
+    )
+    return preview.tell(
+      config,
+      workdir.path,
+      [data],
+      [work],
+      speed,
+      seconds,
+      size,
+      source.notes,
+    )
   begun = workdir.begin(str(devices))
   if workdir.writes:
     dataset.save(workdir.path / "splits.json", [data])

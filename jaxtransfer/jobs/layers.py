@@ -21,7 +21,6 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 
 from jaxtransfer import (
   configuration,
@@ -30,6 +29,8 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  preview,
+  progress,
   results,
 )
 from jaxtransfer import workdir as workdirs
@@ -138,6 +139,18 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   label = next(iter(networks))
   networks[label].check_size(config.data.image_size)
   devices = parallel.Devices(config.parallel)
+  images = features.Images(
+    examples=data.examples,
+    rows=np.sort(np.concatenate(list(data.rows.values()))),
+    image_size=config.data.image_size,
+    mean=source.mean,
+    std=source.std,
+    batch_size=config.batch_size,
+    workers=config.data.workers,
+    max_failures=config.data.max_failures,
+  )
+  if workdir.dry:
+    return _preview(config, plan, data, images, networks, devices, workdir.path)
   begun = workdir.begin(str(devices))
   dataset.save(workdir.path / "splits.json", [data])
   print(
@@ -150,16 +163,6 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     print(note, flush=True)
 
   started = time.monotonic()
-  images = features.Images(
-    examples=data.examples,
-    rows=np.sort(np.concatenate(list(data.rows.values()))),
-    image_size=config.data.image_size,
-    mean=source.mean,
-    std=source.std,
-    batch_size=config.batch_size,
-    workers=config.data.workers,
-    max_failures=config.data.max_failures,
-  )
   extracted = features.extract(
     images,
     networks,
@@ -251,6 +254,53 @@ def _networks(
   return networks
 
 
+def _preview(
+  config: ml_collections.ConfigDict,
+  plan: Plan,
+  data: dataset.Dataset,
+  images: features.Images,
+  networks: Mapping[str, Network],
+  devices: parallel.Devices,
+  path: pathlib.Path,
+) -> int:
+  """Tells what the run would do, take and leave, for `--dry_run`."""
+  layers = {
+    layer.name: layer
+    for layer in zoo.list_layers(plan.network, config.data.image_size)
+  }
+  speed, extracting = preview.of_extraction(
+    images, networks, plan.taps, devices
+  )
+  widths = [layers[tap].channels for tap in plan.taps]
+  probing = preview.of_probing(
+    {split: len(rows) for split, rows in data.rows.items()},
+    widths,
+    len(networks),
+    kinds=plan.probes,
+    strengths=config.strengths,
+    metric=plan.metrics[0],
+    num_classes=len(data.names),
+  )
+  # A round is all parts and the cuts at the ends of stages.
+  share = config.cost_batch_size / images.batch_size
+  rounds = preview.Time(3 * share, 20 * share)
+  costing = preview.Time(
+    rounds.low * speed.computing.low, rounds.high * speed.computing.high
+  )
+  compiling = preview.Time(speed.compiling, 4 * speed.compiling)
+  names = f"{next(iter(networks))} and {plan.seeds} random initialisations"
+  work = [
+    f"extracting: {len(images.rows):,} images through {len(networks)} networks,"
+    f" {plan.network} with {names}, on {devices}: {extracting}",
+    f"probing: {len(plan.taps)} taps x {len(networks)} networks x"
+    f" {len(plan.probes)} probes: {probing}",
+    f"timing {len(plan.taps)} cuts: {costing}",
+  ]
+  seconds = extracting + probing + costing + compiling
+  size = 4 * len(networks) * len(images.rows) * sum(widths)
+  return preview.tell(config, path, [data], work, speed, seconds, size)
+
+
 def _measure(
   config: ml_collections.ConfigDict,
   plan: Plan,
@@ -278,9 +328,13 @@ def _measure(
   measured = []
   # Said once, by name, among the report's notes.
   warnings.simplefilter("ignore", classification.AbsentClassWarning)
-  for tap in tqdm.tqdm(plan.taps, desc="probing", unit=" taps", disable=None):
-    stored = workdir.path / "features" / f"probes-{digest}" / f"{tap}.npz"
-    if not stored.exists():
+  directory = workdir.path / "features" / f"probes-{digest}"
+  missing = [t for t in plan.taps if not (directory / f"{t}.npz").exists()]
+  done = len(plan.taps) - len(missing)
+  bar = progress.Progress("probing", "taps", len(plan.taps), done)
+  for tap in plan.taps:
+    stored = directory / f"{tap}.npz"
+    if tap in missing:
       _probe(
         plan,
         tap,
@@ -294,6 +348,10 @@ def _measure(
     measured.append(Measured.load(stored))
     score = float(measured[-1].values[0, 0, 0, 1])
     workdir.log(event="probe", tap=tap, **{plan.metrics[0]: score})
+    if tap in missing:
+      on_val = float(measured[-1].values[0, 0, 0, 0])
+      bar.update(words=f"{tap}, validation {plan.metrics[0]} {on_val:.3f}")
+  bar.close()
   return measured
 
 

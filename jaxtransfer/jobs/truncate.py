@@ -30,6 +30,8 @@ from jaxtransfer import (
   hosts,
   inference,
   parallel,
+  preview,
+  progress,
   results,
 )
 from jaxtransfer import workdir as workdirs
@@ -96,7 +98,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   first = Unit("ttl", plan.whole, bench.began_with, 0)
   network = bench.network(first)
   network.check_size(config.data.image_size)
-  bench.training(first, network)
+  training = bench.training(first, network)
+  if workdir.dry:
+    return _preview(bench, network, training)
   begun = workdir.begin(str(devices))
   dataset.save(workdir.path / "splits.json", divisions)
   print(
@@ -189,6 +193,75 @@ def _listed(key: str, value: str, known: Sequence[str]) -> tuple[str, ...]:
   for word in words:
     configuration.one_of(key, word, tuple(known))
   return words
+
+
+def _preview(
+  bench: "_Bench", whole: Network, training: images.ImageTask
+) -> int:
+  """Tells what the run would do, take and leave, for `--dry_run`.
+
+  Measured is the whole network's training; a cut one's takes its share of the
+  multiply-accumulates.
+  """
+  config, plan, size = bench.config, bench.plan, bench.config.data.image_size
+  params, macs = zoo.count(whole, size)
+  share_of = {
+    layer.name: layer.macs / macs
+    for layer in zoo.list_layers(plan.network, size)
+  }
+
+  def shares(method: str, cuts: Sequence[str]) -> list[float]:
+    shorter = method in ("ttl", "fat")
+    return [share_of[cut] if shorter else 1.0 for cut in cuts]
+
+  blocks = [s for m in plan.methods for s in shares(m, plan.cuts(m))]
+  least, most = list(blocks), list(blocks)
+  for method in plan.methods:
+    if config.layer_step and method in plan.layerwise:
+      options = [
+        shares(method, plan.around(method, block, config.layer_step))
+        for block in plan.cuts(method)
+      ]
+      least += min(options, key=sum)
+      most += max(options, key=sum)
+  if bench.began_with == PRETRAINED and config.random:
+    # The whole network, and each method's best of one stage or of both.
+    least += [min(blocks)] * len(plan.methods)
+    most += [1.0] * (1 + 2 * len(plan.methods))
+  small = [zoo.count(zoo.build(name), size)[1] / macs for name in plan.small]
+  least, most = least + small, most + small
+  state = preview.bytes_of_training(training)
+  data = bench.divisions[0]
+  judged = len(data.rows["val"])
+  speed, once = preview.of_training(training, bench.devices, judged)
+  # Halving ends most of them early; what is frozen needs no backward pass.
+  halved = 2.0**-config.halving / 3
+  seconds = preview.Time(
+    once.low * sum(least) * plan.repeats * halved,
+    (once.high * sum(most) + speed.compiling * len(most)) * plan.repeats,
+  )
+  counts = (len(of) * plan.repeats for of in (least, most))
+  work = [
+    f"{' to '.join(f'{c:,}' for c in dict.fromkeys(counts))} trainings of"
+    f" {config.epochs} epochs at most, {bench.repeated} of each network, on"
+    f" {bench.devices}",
+    f"{plan.network} with {bench.source.label} weights, cuts"
+    f" {', '.join(plan.blocks)}; methods {', '.join(plan.methods)}",
+    f"one training of the whole network: {once}",
+  ]
+  # Networks of all trainings, and checkpoints of those that are at work.
+  paused = len(most) * plan.repeats if config.halving else 1
+  kept = 4 * params * sum(most) * plan.repeats + state * paused
+  return preview.tell(
+    config,
+    bench.path,
+    bench.divisions,
+    work,
+    speed,
+    seconds,
+    kept,
+    bench.source.notes,
+  )
 
 
 def _search(bench: "_Bench") -> list[Searched]:
@@ -693,7 +766,23 @@ class _Bench:
     self, units: Sequence[Unit], stop_after: int | None = None
   ) -> None:
     """Sees to it that units are trained, here or by another process."""
-    self.kept.settle(units, self._train, stop_after)
+    units, seconds = list(dict.fromkeys(units)), []
+
+    def train(unit: Unit, stop_after: int | None) -> None:
+      left = sum(self.kept.state(u, stop_after) == "open" for u in units)
+      words = ""
+      if seconds:
+        mean = float(np.mean(seconds))
+        words = f"; {progress.duration(mean * left)} left"
+      print(
+        f"training {len(units) - left + 1} of {len(units)}: {unit.name}{words}",
+        flush=True,
+      )
+      started = time.monotonic()
+      self._train(unit, stop_after)
+      seconds.append(time.monotonic() - started)
+
+    self.kept.settle(units, train, stop_after)
 
   def _train(self, unit: Unit, stop_after: int | None) -> None:
     directory = self.kept.directory(unit)

@@ -1,12 +1,14 @@
 """The page that a run leaves: one file that needs nothing beside it."""
 
+import importlib
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtransfer import files
-from jaxtransfer.report import figures, finetune, layers, tables, truncate
+from jaxtransfer.report import figures, tables
 from jaxtransfer.report.markup import (
   Content,
   Html,
@@ -15,14 +17,6 @@ from jaxtransfer.report.markup import (
   tag,
 )
 from jaxtransfer.report.tables import Measurements
-
-# What each job shows; a job without an entry still gets its sentence, its
-# measurements and its settings.
-_CONTENT: dict[str, Callable[[Mapping[str, Any], Measurements], Content]] = {
-  "finetune": finetune.content,
-  "layers": layers.content,
-  "truncate": truncate.content,
-}
 
 _INLINE_ROWS = 500
 _HEADLINE = 200  # characters; more are no longer read in large letters
@@ -167,7 +161,7 @@ def write(
   measurements = Measurements(results.get("measurements") or ())
   summary = dict(results.get("summary") or {})
   summary["taps"] = summary.get("taps") or measurements.values_of("tap")
-  content = _CONTENT.get(job, _plain)(summary, measurements)
+  content = _content_of(job)(summary, measurements)
 
   def block(item: Html | Picture) -> Html:
     if isinstance(item, Picture):
@@ -192,6 +186,19 @@ def write(
   path = workdir / "report.html"
   files.write_text(path, _document(content.title, body))
   return path
+
+
+def _content_of(
+  job: str,
+) -> Callable[[Mapping[str, Any], Measurements], Content]:
+  """Returns what says what a job shows: `content` of the file of its name.
+
+  A job without one still gets its sentence, its measurements and its settings.
+  """
+  name = f"{__package__}.{job}"
+  if not job.isidentifier() or importlib.util.find_spec(name) is None:
+    return _plain
+  return getattr(importlib.import_module(name), "content", _plain)
 
 
 def _plain(summary: Mapping[str, Any], measurements: Measurements) -> Content:

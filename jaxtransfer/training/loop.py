@@ -18,9 +18,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 
-from jaxtransfer import errors, files, inference, parallel, signals
+from jaxtransfer import errors, files, inference, parallel, progress, signals
 from jaxtransfer.data import pipeline
 from jaxtransfer.measure.metrics import METRICS
 from jaxtransfer.networks.functional import Arrays, Numbers
@@ -306,16 +305,19 @@ class _Run:
     Raises:
       inference.Stopped: the process was asked to end.
     """
-    with tqdm.tqdm(
-      total=self._steps,
-      initial=self._done,
-      desc="training",
-      unit=" steps",
-      disable=None if parallel.is_first() else True,
+    epoch = 1 + len(epochs_of(self._records))
+    with progress.Progress(
+      "training",
+      "steps",
+      self._steps,
+      self._done,
+      at=f"at epoch {epoch} of {self._settings.epochs}, step {self._done:,}",
+      quiet=not parallel.is_first(),
     ) as bar:
       while True:
         if self._done == (len(epochs_of(self._records)) + 1) * self._per_epoch:
           self._end_epoch()
+          bar.tell(_in_words(self._records[-1], self._settings))
         if self._has_ended():
           return True
         if len(epochs_of(self._records)) >= (stop_after or math.inf):
@@ -452,6 +454,16 @@ class _Run:
 def epochs_of(records: Sequence[Record]) -> list[Record]:
   """Returns the lines of epochs alone."""
   return [record for record in records if record["event"] == "epoch"]
+
+
+def _in_words(record: Record, settings: Settings) -> str:
+  """Says what the validation of an epoch came to."""
+  scores = ", ".join(
+    f"{name} {record['val'][name]:.3f}"
+    for name in dict.fromkeys(("loss", settings.metric, "auroc"))
+    if record["val"].get(name) is not None
+  )
+  return f"epoch {record['epoch']} of {settings.epochs}, validation {scores}"
 
 
 def best_epoch(records: Sequence[Record], metric: str) -> int:

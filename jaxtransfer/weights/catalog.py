@@ -51,6 +51,27 @@ class Row:
   final_relu: bool = True
   note: str = ""
 
+  @property
+  def where(self) -> str:
+    """Where the file comes from, in words."""
+    if self.source == "asset":
+      return "in this package"
+    if self.source.startswith("hub:"):
+      at = f", revision {self.revision}" if self.revision else ""
+      return f"https://huggingface.co/{self.source.removeprefix('hub:')}{at}"
+    return self.source
+
+  @property
+  def known(self) -> str:
+    """How much of the file's digest is known before it is first used."""
+    if self.source == "asset":
+      return ""
+    if not self.sha256:
+      return "not known; that of its first use is kept and checked"
+    if len(self.sha256) < 64:
+      return f"its first {len(self.sha256)} digits are known"
+    return "known"
+
 
 _TORCHVISION_LICENCE = "BSD-3-Clause (torchvision); ImageNet's terms apply"
 _LUNIT_URL = (
@@ -230,6 +251,11 @@ _ROWS: Sequence[Row] = (
     " demonstration",
   ),
 )
+
+
+def rows() -> Sequence[Row]:
+  """Returns every row, in the order of the table."""
+  return _ROWS
 
 
 def names() -> list[str]:

@@ -12,9 +12,8 @@ import urllib.request
 from typing import Any
 
 import huggingface_hub
-import tqdm
 
-from jaxtransfer import errors, files
+from jaxtransfer import errors, files, progress
 
 _CHUNK = 2**20
 _TIMEOUT_SECONDS = 30
@@ -201,13 +200,11 @@ def _download(url: str, part: pathlib.Path, loopback: str | None) -> None:
     tag_path.write_text("" if found.startswith("W/") else found)
     with (
       open(part, "ab" if start else "wb") as f,
-      tqdm.tqdm(
-        desc=part.name.removesuffix(".part"),
-        total=total if total > 0 else None,
-        initial=start,
-        unit="B",
-        unit_scale=True,
-        disable=None,
+      progress.Progress(
+        part.name.removesuffix(".part"),
+        "bytes",
+        total if total > 0 else None,
+        start,
       ) as bar,
     ):
       while chunk := response.read(_CHUNK):

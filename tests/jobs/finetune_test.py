@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -190,7 +191,10 @@ def test_stopped_runs_end_as_one_that_was_not(source, uninterrupted, tmp_path):
   assert "the same command resumes" in output
   log = runs.path / "metrics.jsonl"
   before = log.read_text()
-  runs.finish()
+  output = runs.finish()
+  # In a line, because nobody sees a bar: from where, and what comes out of it.
+  assert "training goes on at epoch " in output, output
+  assert re.search("training: epoch . of 12, validation loss ", output)
   assert runs.result() == expected
   # Not a line was measured again: their timing, too, is what it was.
   assert log.read_text().startswith(before)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,19 @@ def test_the_cut_is_the_shallowest_within_the_tolerance_on_validation(finished):
       assert one["value"] == pytest.approx(means[one["cut"]])
       assert one["low"] <= one["high"]
       assert one["chosen"] == (one["cut"] == good[0])
+
+
+def test_a_dry_run_counts_the_trainings_that_a_run_makes(
+  finished, source, tmp_path, capsys
+):
+  """Between the least and the most that it names lie those that were made."""
+  config = _config(source)
+  looked = workdir.look(tmp_path / "run", config.to_dict(), shared=True)
+  assert truncate.run(config, looked) == 0 and not list(tmp_path.iterdir())
+  told = capsys.readouterr().out
+  least, most = re.search(r"(\d+)(?: to (\d+))? trainings of", told).groups()
+  made = len(list(finished.glob("units/*/done.json")))
+  assert int(least) <= made <= int(most or least)
 
 
 def test_what_a_run_leaves(finished):

@@ -1,9 +1,9 @@
-"""Pooled features of many taps and networks from one pass over the images.
+"""Files of pooled features, of many taps and networks from one pass.
 
-The images are decoded once, go to the devices once as uint8, and every network
-gives all its taps in one forward pass. What is computed is kept in parts, each
-written whole, under a digest of everything that determines it: a run that stops
-goes on after its last part, and a run that has all parts reads no image.
+The images are decoded once, and `inference.run` gives all taps of every network
+in one forward pass. What is computed is kept in parts, each written whole,
+under a digest of everything that determines it: a run that stops goes on after
+its last part, and a run that has all parts reads no image.
 """
 
 import contextlib
@@ -162,13 +162,7 @@ def extract(
     return extracted
   chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in wanted]
   rows = np.concatenate(chunks)
-  compute = inference.place(
-    networks,
-    lambda network, x_NHWC: network.taps(x_NHWC, taps),
-    devices,
-    images.mean,
-    images.std,
-  )
+  compute = _place(images, networks, taps, devices)
   done, started = 0, time.monotonic()
   with (
     pipeline.Batches(
@@ -203,6 +197,20 @@ def extract(
       seconds = round(time.monotonic() - started, 3)
       log(event="extract", images=done, of=len(rows), seconds=seconds)
   return extracted
+
+
+def _place(
+  images: Images,
+  networks: Mapping[str, Network],
+  taps: Sequence[str],
+  devices: parallel.Devices,
+) -> Callable[[jax.Array], dict[str, dict[str, jax.Array]]]:
+  """Returns pixels -> {label: {tap: (N, C)}}."""
+
+  def pooled(network: Network, x_NHWC: jax.Array) -> dict[str, jax.Array]:
+    return network.taps(x_NHWC, taps)
+
+  return inference.place(networks, pooled, devices, images.mean, images.std)
 
 
 def _flat(

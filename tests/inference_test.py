@@ -1,4 +1,5 @@
-"""Costs of cuts: sums of layers against networks that were cut and compiled."""
+"""One pass over batches, and what networks cost: sums of layers against
+networks that were cut and compiled."""
 
 import json
 
@@ -9,7 +10,8 @@ import pytest
 from flax import nnx
 
 from jaxtransfer import inference, parallel
-from jaxtransfer.data import preprocess
+from jaxtransfer.data import images as imaging
+from jaxtransfer.data import pipeline, preprocess, sources
 from jaxtransfer.measure import cost
 from jaxtransfer.networks import tensors, zoo
 
@@ -149,3 +151,65 @@ def test_other_taps_are_other_measurements(network, devices, tmp_path):
   _measure(network, devices, tmp_path, TAPS[:1])
   _measure(network, devices, tmp_path, TAPS[:2])
   assert len(list(tmp_path.glob("cost-*.json"))) == 2
+
+
+class _Drawn(sources.Examples):
+  """Images of noise, of which the fifth cannot be read."""
+
+  def __init__(self):
+    names = [str(i) for i in range(11)]
+    super().__init__(["a"], np.zeros(11, np.int32), names)
+
+  def read(self, row):
+    if row == 5:
+      raise imaging.ImageError("cut short")
+    rng = np.random.default_rng(row)
+    return rng.integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def _batches():
+  return pipeline.Batches(
+    _Drawn(), np.arange(11)[::-1], image_size=16, batch_size=4
+  )
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_maps_and_logits_of_several_networks_come_from_one_pass(mode):
+  """Each row is that of the network alone on that image; padding and what is
+  unreadable leave no row, and every image is read once."""
+  networks = {}
+  for seed in range(2):
+    networks[f"seed {seed}"] = zoo.build(
+      "resnet18", until="stem", num_classes=3
+    )
+    values = tensors.random(networks[f"seed {seed}"], seed)
+    tensors.load(networks[f"seed {seed}"], values)
+  devices = parallel.Devices(mode, jax.devices()[:2])
+
+  def compute(network, x_NHWC):
+    maps = network.taps(x_NHWC, ["stem"], pool=False)["stem"]
+    return {"map": maps, "logits": network(x_NHWC)}
+
+  placed = inference.place(networks, compute, devices, MEAN, STD)
+  with _batches() as batches:
+    rows, outputs = inference.read(inference.run(placed, batches, devices))
+    assert batches.failures == [("5", "cut short")]
+  assert rows.tolist() == [10, 9, 8, 7, 6, 4, 3, 2, 1, 0]
+  pixels = np.stack([_Drawn().read(row) for row in rows])
+  x_NHWC = preprocess.preprocess(pixels, MEAN, STD)
+  for label, network in networks.items():
+    for key, expected in compute(network, x_NHWC).items():
+      np.testing.assert_allclose(outputs[label][key], expected, atol=1e-4)
+
+
+def test_a_pass_ends_when_it_is_asked_to():
+  """Asked before each batch: what was under way is not waited for."""
+  devices = parallel.Devices("jit", jax.devices()[:1])
+  asked = iter([False, False, True])
+  outputs = []
+  with pytest.raises(inference.Stopped), _batches() as batches:
+    for of in inference.run(
+      lambda pixels: pixels, batches, devices, stop=lambda: next(asked)
+    ):
+      outputs.append(of.row.tolist())
+  assert outputs == [[10, 9, 8, 7]]

@@ -8,6 +8,7 @@ Source: keeping a pretrained network up to a cut, putting a fresh head on it
 import dataclasses
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,26 @@ def _first_of(network: Network, layer: str) -> int:
   return inside[0] if inside else names.index(network.resolve(layer))
 
 
+def _measurements(
+  base: Mapping[str, Any],
+  evaluated: evaluation.Evaluation,
+  numbers: Mapping[str, float],
+) -> list[results.Row]:
+  """Returns the rows of results.json.
+
+  Args:
+    base: what all of them say.
+    evaluated: what the network is worth.
+    numbers: what else is known of it.
+  """
+  points = results.points(evaluated.points)
+  return [
+    *results.value_rows(base, evaluated.values),
+    *(results.row(base, name, value) for name, value in numbers.items()),
+    *results.point_rows(base, points, [base["seed"]]),
+  ]
+
+
 def _results(
   config: ml_collections.ConfigDict,
   plan: Plan,
@@ -220,12 +241,7 @@ def _results(
     "temperature": evaluated.temperature,
     "best_epoch": fitted.epoch,
   }
-  points = results.points(evaluated.points)
-  measurements = [
-    *results.value_rows(base, evaluated.values),
-    *(results.row(base, name, value) for name, value in numbers.items()),
-    *results.point_rows(base, points, [config.seed]),
-  ]
+  measurements = _measurements(base, evaluated, numbers)
   epochs = loop.epochs_of(fitted.records)
   scores = {
     row["metric"]: row for row in measurements if row["split"] == "test"
@@ -262,7 +278,7 @@ def _results(
     missed=results.missed(evaluated.missed),
     chance=evaluated.chance,
     confusion=results.confusion(evaluated),
-    operating=points,
+    operating=results.points(evaluated.points),
     reliability=results.reliability(evaluated),
     curves=evaluated.curves,
     rows=read.rows,

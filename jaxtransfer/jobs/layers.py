@@ -122,19 +122,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   plan = make_plan(config)
   (data,) = dataset.open_divisions(config, workdir.path / "splits.json")
   # After the images, because it may download.
-  source = loading.resolve_weights(
-    plan.network, config.network.weights or None, config.network.prefix
-  )
-  if source.path is None:
-    raise errors.UsageError(
-      f"config.network.weights is {config.network.weights!r}; this job compares"
-      " pretrained weights with random ones: name some, or give a file"
-    )
-  if source.slim_after:
-    raise errors.UsageError(
-      f"{source.path} holds layers of half the width after"
-      f" {source.slim_after}; this job compares networks of the usual widths"
-    )
+  source = _resolve_weights(config, plan)
   networks = _networks(config, plan, source)
   label = next(iter(networks))
   networks[label].check_size(config.data.image_size)
@@ -237,6 +225,26 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     metrics=(config.metric, *others),
     seeds=config.seeds,
   )
+
+
+def _resolve_weights(
+  config: ml_collections.ConfigDict, plan: Plan
+) -> loading.Source:
+  """Returns the pretrained weights, which must be some."""
+  source = loading.resolve_weights(
+    plan.network, config.network.weights or None, config.network.prefix
+  )
+  if source.path is None:
+    raise errors.UsageError(
+      f"config.network.weights is {config.network.weights!r}; this job compares"
+      " pretrained weights with random ones: name some, or give a file"
+    )
+  if source.slim_after:
+    raise errors.UsageError(
+      f"{source.path} holds layers of half the width after"
+      f" {source.slim_after}; this job compares networks of the usual widths"
+    )
+  return source
 
 
 def _networks(

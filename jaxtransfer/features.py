@@ -162,7 +162,7 @@ def extract(
     return extracted
   chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in wanted]
   rows = np.concatenate(chunks)
-  compute = _place(images, networks, taps, devices)
+  compute = place(images, networks, taps, devices)
   done, started = 0, time.monotonic()
   with (
     pipeline.Batches(
@@ -199,13 +199,23 @@ def extract(
   return extracted
 
 
-def _place(
+def place(
   images: Images,
   networks: Mapping[str, Network],
   taps: Sequence[str],
   devices: parallel.Devices,
 ) -> Callable[[jax.Array], dict[str, dict[str, jax.Array]]]:
-  """Returns pixels -> {label: {tap: (N, C)}}."""
+  """Returns what gives the pooled taps of networks on the same images.
+
+  Args:
+    images: of it how they are normalised.
+    networks: label -> network.
+    taps: layer names.
+    devices: where.
+
+  Returns:
+    (N, S, S, 3) uint8 on the devices -> {label: {tap: (N, C)}}.
+  """
 
   def pooled(network: Network, x_NHWC: jax.Array) -> dict[str, jax.Array]:
     return network.taps(x_NHWC, taps)

@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from flax import nnx
 
 from jaxtransfer import configuration, features, parallel, progress
-from jaxtransfer.data import pipeline, preprocess
+from jaxtransfer.data import pipeline
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.measure import probes
 from jaxtransfer.networks.network import Network
@@ -152,14 +151,9 @@ def of_extraction(
   Returns:
     The speed of one network, and the time of all networks and images.
   """
-  graph, state = nnx.split(next(iter(networks.values())))
+  first = dict(list(networks.items())[:1])
+  compute = features.place(images, first, taps, devices)
   size = devices.batch_size(images.batch_size)
-
-  def forward(state: nnx.State, pixels: jax.Array) -> dict[str, jax.Array]:
-    x_NHWC = preprocess.preprocess(pixels, images.mean, images.std)
-    return nnx.merge(graph, state).taps(x_NHWC, taps)
-
-  program, state = devices.compile(forward), devices.replicate(state)
   speed = measure(
     pipeline.Batches(
       images.examples,
@@ -168,7 +162,7 @@ def of_extraction(
       batch_size=size,
       workers=images.workers,
     ),
-    lambda batch: program(state, devices.put(batch["image"])),
+    lambda batch: compute(devices.put(batch["image"])),
   )
   count = len(networks)
   return speed, speed.of(-(-len(images.rows) // size), count, count)

@@ -96,8 +96,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       training, devices, len(data.rows["val"])
     )
     work = (
-      f"1 training of {len(training.batches):,} steps, {config.epochs} epochs, of"
-      f" {plan.network} to {plan.last} with {source.label} weights on {devices}"
+      f"1 training of {len(training.batches):,} steps, {config.epochs} epochs,"
+      f" of {plan.network} to {plan.last} with {source.label} weights, on"
+      f" {devices}"
     )
     return preview.tell(
       config,

@@ -76,7 +76,7 @@ def training(config: ml_collections.ConfigDict) -> None:
   Source: the defaults are those of Peng et al., arXiv 2106.05152v8.
   """
   config.network.head = "gap"  # "flatten" = linear on the whole last map
-  config.many_labels = False  # True: `a;b` and `a;?b`, see data/labels.py
+  config.multilabel = False  # True: `a;b` and `a;?b`, see data/labels.py
   config.batch_norm = "train"  # or train_per_device, eval, frozen
   config.epochs = 200  # at most
   config.patience = 0  # epochs without a better one that end it; 0 = any

@@ -41,7 +41,7 @@ _CALLED = {
   "folds": "fold kfold k_folds n_folds num_folds n_splits cv",
   "metric": "monitor score scoring",
   "resamples": "bootstrap bootstraps n_bootstrap n_resamples",
-  "many_labels": "multilabel multi_label",
+  "multilabel": "multi_label",
   "log_steps": "log_every log_interval print_freq",
   "checkpoint_steps": "save_every save_freq save_steps",
   "checkpoints": "keep save_total_limit",

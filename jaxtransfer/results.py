@@ -251,7 +251,7 @@ class Trained(Summary):
   """What the summaries of jobs that train have besides.
 
   Attributes:
-    many_labels: whether an image may have several labels.
+    multilabel: whether an image may have several labels.
     prevalence: of the positive class among the tested; null where not known.
     unfinished: trainings that more epochs would have helped.
     temperature: that the logits are divided by.
@@ -259,7 +259,7 @@ class Trained(Summary):
     reliability: of the test split.
   """
 
-  many_labels: bool
+  multilabel: bool
   prevalence: Number
   unfinished: Unfinished
   temperature: float

@@ -92,8 +92,8 @@ def test_a_key_of_another_job_is_said_to_be_one(monkeypatch, job, key, says):
 
 def test_a_key_says_what_it_is_called_now(monkeypatch, tmp_path):
   """On the command line and in a config of the user's own; the key that there
-  is now is no mistake, nor is the old one where it still is the key's name."""
-  (tmp_path / "mine.py").write_text(RENAMED)
+  is now is no mistake."""
+  (tmp_path / "mine.py").write_text(MINE)
   said = _said(
     monkeypatch,
     "--config.many_labels=True",
@@ -111,16 +111,13 @@ def test_a_key_says_what_it_is_called_now(monkeypatch, tmp_path):
     configuration.check(config)
 
 
-# A config in which the key has its new name, and only that.
-RENAMED = """
+# A config of the user's own.
+MINE = """
 from jaxtransfer import configuration
 
 def get_config():
   config = configuration.shared("finetune", "resnet18")
   configuration.training(config)
-  if "many_labels" in config:
-    del config.many_labels
-  config.multilabel = False
   return config
 """
 
@@ -131,7 +128,7 @@ def test_a_file_is_meant_before_a_packaged_config(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   assert mistakes.load("layers:resnet34").network.name == "resnet34"
   for name in ("layers", "layers.py"):
-    (tmp_path / name).write_text(RENAMED)
+    (tmp_path / name).write_text(MINE)
     assert mistakes.load(name).job == "finetune"
   assert mistakes.load("quickstart").job == "layers"
 
@@ -165,7 +162,7 @@ def _flat(name):
     ("--config.epochs=many", "config.epochs is 'many'; it must be a whole num"),
     ("--config.seeds=1.5", "config.seeds is '1.5'; it must be a whole number"),
     ("--config.tolerance=x", "config.tolerance is 'x'; it must be a number"),
-    ("--config.many_labels=maybe", "'maybe'; it must be True or False"),
+    ("--config.multilabel=maybe", "'maybe'; it must be True or False"),
     ("--config.optimiser=adam", "a group of keys (optimiser."),
     ("--config.network=resnet50", "did you mean config.network.name?"),
     ("--config.epochs", "Missing value for flag --config.epochs"),

@@ -48,6 +48,23 @@ def test_a_key_that_an_older_version_did_not_have_is_no_difference(tmp_path):
       stack.enter_context(workdir.claim(tmp_path, newer, "command"))
 
 
+def test_a_key_that_an_older_version_called_otherwise_is_no_difference(
+  tmp_path,
+):
+  """A run that was begun with it goes on under the new name."""
+  with workdir.claim(
+    tmp_path, {**CONFIG, "many_labels": True}, "command"
+  ) as run:
+    run.begin("1 x cpu")
+  with workdir.claim(tmp_path, {**CONFIG, "multilabel": True}, "command"):
+    pass
+  with (
+    pytest.raises(errors.UsageError, match="multilabel: True there, False"),
+    workdir.claim(tmp_path, {**CONFIG, "multilabel": False}, "command"),
+  ):
+    pass
+
+
 def test_of_two_configs_begun_at_once_one_is_refused(tmp_path):
   """Both have found the shared directory empty; who comes second is told, and
   does not write over what the first one said."""

@@ -170,7 +170,7 @@ def open_divisions(
   """Opens the source and divides it, or reads how it was divided.
 
   Args:
-    config: the whole config; `folds` and `many_labels` where the job has them.
+    config: the whole config; `folds` and `multilabel` where the job has them.
     path: of splits.json; `save` writes it once the run's checks are over.
 
   Returns:
@@ -181,10 +181,10 @@ def open_divisions(
   """
   check_splits(path)
   examples = sources.open_source(config.data)
-  multilabel = config.get("many_labels", False)
+  multilabel = config.get("multilabel", False)
   names, targets = labelling.read_targets(examples.classes, multilabel)
   if len(names) < 2 - multilabel:
-    other = ", or one with config.many_labels" * ("many_labels" in config)
+    other = ", or one with config.multilabel" * ("multilabel" in config)
     raise UsageError(
       f"{config.data.source} has {len(names)} classes; this needs two{other}"
     )
@@ -272,7 +272,7 @@ def positive_classes(
   is its specificity.
 
   Args:
-    config: of it `positive`, `prevalence` and `many_labels`, where it has them.
+    config: of it `positive`, `prevalence` and `multilabel`, where it has them.
     names: of the classes.
 
   Raises:
@@ -287,7 +287,7 @@ def positive_classes(
         f"config.positive is {positive!r}; it is one of {', '.join(names)}"
       )
     return [names.index(positive)]
-  if len(names) == 2 and not config.get("many_labels", False):
+  if len(names) == 2 and not config.get("multilabel", False):
     return [1]
   if prevalence and len(names) > 1:
     raise UsageError(

@@ -11,17 +11,17 @@ _UNKNOWN = "?"
 
 
 def read_targets(
-  classes: Sequence[str], many: bool
+  classes: Sequence[str], multilabel: bool
 ) -> tuple[list[str], np.ndarray]:
   """Returns what there is to predict, and what each label asks for.
 
-  With `many`, a label lists what is there, `edema;effusion`, and after a
+  With `multilabel`, a label lists what is there, `edema;effusion`, and after a
   question mark what nobody knows, `edema;?effusion`; `-` is nothing at all.
   Whatever a label does not name is absent.
 
   Args:
     classes: the source's labels, all that there are.
-    many: whether an image may have several.
+    multilabel: whether an image may have several.
 
   Returns:
     The C names, sorted, and (len(classes), C) float32: 1 there, 0 absent, NaN
@@ -30,7 +30,7 @@ def read_targets(
   Raises:
     UsageError: a label that names nothing, or one thing twice.
   """
-  if not many:
+  if not multilabel:
     return list(classes), np.eye(len(classes), dtype=np.float32)
   parsed = [_parse(label) for label in classes]
   names = sorted({name for found in parsed for name in found})
@@ -50,7 +50,7 @@ def _parse(label: str) -> dict[str, float]:
     if not name or name in found:
       raise UsageError(
         f"label {label!r} {'names ' + name + ' twice' if name else 'has a gap'}"
-        "; with config.many_labels it is names with ';' between, '?' before an"
+        "; with config.multilabel it is names with ';' between, '?' before an"
         " unknown one, or '-' for none"
       )
     found[name] = np.nan if part.strip().startswith(_UNKNOWN) else 1.0

@@ -182,7 +182,7 @@ def _index(
   counts = collections.Counter(labels)
   classes = sorted(counts)
   number = {name: i for i, name in enumerate(classes)}
-  # With config.many_labels a label is a list.
+  # With config.multilabel a label is a list.
   words = collections.Counter()
   for label, count in counts.items():
     several = label.split(";") if ";" in label else []

@@ -265,7 +265,7 @@ def _results(
     weights=source.label,
     data=config.data.source,
     classes=data.names,
-    many_labels=data.multilabel,
+    multilabel=data.multilabel,
     prevalence=config.prevalence or None,
     taps=[plan.last],
     trained_layers=list(network.layer_names[plan.frozen :]),

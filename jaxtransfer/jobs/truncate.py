@@ -142,7 +142,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
       f"config.folds is {config.folds}; it must be 0, or 3 or more: one fold"
       " to test, one to validate, the rest to train"
     )
-  if config.folds and config.many_labels:
+  if config.folds and config.multilabel:
     raise errors.UsageError(
       "config.folds needs one label for each image; use config.seeds"
     )
@@ -426,7 +426,7 @@ def _settings(bench: "_Bench", unreadable: Mapping[str, str]) -> dict[str, Any]:
     "weights": source.label,
     "data": config.data.source,
     "classes": bench.first.names,
-    "many_labels": bench.first.multilabel,
+    "multilabel": bench.first.multilabel,
     "prevalence": config.prevalence or None,
     "image_size": config.data.image_size,
     "cost_batch_size": bench.devices.batch_size(config.cost_batch_size),

@@ -102,7 +102,7 @@ def curves(
   logits: npt.ArrayLike,
   weights: npt.ArrayLike | None = None,
   *,
-  many_labels: bool = False,
+  multilabel: bool = False,
   points: int = POINTS,
 ) -> dict[str, dict[str, list[float | None] | None]]:
   """Returns both curves of a network as results.json holds them.
@@ -118,7 +118,7 @@ def curves(
       only probabilities compare between rows; labels by the logits themselves.
     weights: (R, N), how often a row counts in each of R resamples, or None.
       More than a hundred classes have no band.
-    many_labels: whether the columns are labels that do not exclude each other.
+    multilabel: whether the columns are labels that do not exclude each other.
     points: of the grid, 2 or more.
 
   Returns:
@@ -135,7 +135,7 @@ def curves(
       "targets and logits must be (N, C), N > 0, C > 0, got shapes"
       f" {targets.shape} and {scores.shape}"
     )
-  if not many_labels:
+  if not multilabel:
     scores = special.softmax(scores, axis=1)
     if targets.shape[1] == 2:
       targets, scores = targets[:, 1:], scores[:, 1:]

@@ -392,7 +392,7 @@ def evaluate(val: Outputs, test: Outputs, thresholds: Thresholds) -> Evaluation:
       for name, of in both.items()
     },
     curves=curves.curves(
-      test.targets, test.logits, test.resamples, many_labels=multilabel
+      test.targets, test.logits, test.resamples, multilabel=multilabel
     ),
   )
 

@@ -21,7 +21,7 @@ def table(
   """Returns what networks do at thresholds, a row for each.
 
   Args:
-    summary: the job's summary, of it "classes", "many_labels", "prevalence"
+    summary: the job's summary, of it "classes", "multilabel", "prevalence"
       and "interval".
     networks: a name and the points of each; one alone needs no name.
 
@@ -71,10 +71,10 @@ def _words(
   summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
 ) -> str:
   classes = list(dict.fromkeys(str(point.get("class")) for point in points))
-  many = summary.get("many_labels")
+  multilabel = summary.get("multilabel")
   known = [str(name) for name in summary.get("classes") or ()]
-  rest = "its absence" if many else "all other classes"
-  if len(known) == 2 and not many and len(classes) == 1:
+  rest = "its absence" if multilabel else "all other classes"
+  if len(known) == 2 and not multilabel and len(classes) == 1:
     rest = ", ".join(tables.shorten(n) for n in known if n != classes[0])
   if len(classes) == 1:
     text = f"Positive is {tables.shorten(classes[0])}, negative {rest}."

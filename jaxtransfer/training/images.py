@@ -195,7 +195,7 @@ class ImageTask:
       graph=graph,
       loss=steps.Loss(
         targets=data.targets,
-        many=data.multilabel,
+        multilabel=data.multilabel,
         weights=data.class_weights(config.loss.class_weights),
         smoothing=config.loss.label_smoothing,
       ),
@@ -397,7 +397,7 @@ def card(
   return {
     "head": config.network.head,
     "classes": data.names,
-    "many_labels": data.multilabel,
+    "multilabel": data.multilabel,
     "image_size": config.data.image_size,
     "resize": imaging.resize_card(config.data.image_size),
     "temperature": evaluated.temperature,

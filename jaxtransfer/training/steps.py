@@ -101,7 +101,7 @@ class Loss:
 
   Attributes:
     targets: (K, C) float32, what label k asks for.
-    many: whether an image may have several labels.
+    multilabel: whether an image may have several labels.
     weights: (C,) float32. One label: of an image of that class. Several: of a
       positive against a negative.
     smoothing: share of the target that is spread over all classes, or, with
@@ -112,7 +112,7 @@ class Loss:
   """
 
   targets: np.ndarray
-  many: bool
+  multilabel: bool
   weights: np.ndarray
   smoothing: float
 
@@ -124,7 +124,7 @@ class Loss:
       labels: (N,) int32, rows of `targets`.
     """
     targets, _ = self._known(labels)
-    if self.many:
+    if self.multilabel:
       weights = self._label_weights(labels)
       targets = targets * (1 - self.smoothing) + self.smoothing / 2
       losses = -(
@@ -143,7 +143,7 @@ class Loss:
       labels: (N,) int32; one below zero has no weight.
     """
     there = (labels >= 0).astype(jnp.float32)
-    if self.many:
+    if self.multilabel:
       return there * self._label_weights(labels).sum(-1)
     return there * (self._known(labels)[0] * self.weights).sum(-1)
 
@@ -152,7 +152,7 @@ class Loss:
   ) -> tuple[jax.Array, jax.Array]:
     """Returns right decisions and decisions of every image, (N,) each."""
     targets, known = self._known(labels)
-    if self.many:
+    if self.multilabel:
       right = known & ((logits > 0) == (targets > 0.5))
       return right.sum(-1), known.sum(-1)
     right = logits.argmax(-1) == targets.argmax(-1)

@@ -23,11 +23,11 @@ def _source(classes, labels, groups=None, names=None):
   )
 
 
-def _data(source, many=False, **rows):
-  names, targets = labelling.read_targets(source.classes, many)
+def _data(source, multilabel=False, **rows):
+  names, targets = labelling.read_targets(source.classes, multilabel)
   everything = np.arange(len(source))
   rows = {**dict.fromkeys(("train", "val", "test"), everything), **rows}
-  return dataset.Dataset(source, rows, names, targets, many)
+  return dataset.Dataset(source, rows, names, targets, multilabel)
 
 
 def _config(**changes):
@@ -52,7 +52,7 @@ def test_balanced_weights_of_several_labels_are_absent_to_there():
   """torch's pos_weight; an unknown label is neither there nor absent."""
   classes = ["-", "x", "x;y", "?x;y"]
   labels = np.array([0, 0, 0, 1, 2, 3, 3])
-  data = _data(_source(classes, labels), many=True)
+  data = _data(_source(classes, labels), multilabel=True)
   weights = data.class_weights("balanced")
   # x: there in 2, absent in 3, unknown in 2; y: there in 3, absent in 4.
   np.testing.assert_allclose(weights, [3 / 2, 4 / 3], rtol=1e-6)
@@ -131,7 +131,7 @@ def test_positives():
   assert dataset.positive_classes(_config(), list("abc")) == [0, 1, 2]
   one = _config(positive="b", prevalence=0.1)
   assert dataset.positive_classes(one, list("abc")) == [1]
-  assert dataset.positive_classes(_config(many_labels=True), list("ab")) == [
+  assert dataset.positive_classes(_config(multilabel=True), list("ab")) == [
     0,
     1,
   ]
@@ -149,7 +149,7 @@ def test_a_split_whose_labels_nobody_knows_is_refused(tmp_path):
     lines.append(f"{i}.png,{label},{split}")
   (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
   config = _config(
-    many_labels=True, **{"data.source": str(tmp_path / "manifest.csv")}
+    multilabel=True, **{"data.source": str(tmp_path / "manifest.csv")}
   )
   with pytest.raises(errors.UsageError, match="the val split has no image"):
     dataset.open_divisions(config, tmp_path / "splits.json")

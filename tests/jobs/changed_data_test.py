@@ -65,7 +65,7 @@ def _layers(source, folder):
   ("job", "network", "changes"),
   [
     (finetune, "resnet18", {"network.until": "stem"}),
-    (finetune, "resnet18", {"network.until": "stem", "many_labels": True}),
+    (finetune, "resnet18", {"network.until": "stem", "multilabel": True}),
     (truncate, "cbr_tiny", {"small": ""}),
     (truncate, "cbr_tiny", {"small": "", "folds": 3}),
   ],
@@ -84,7 +84,7 @@ def test_a_training_does_not_go_on_with_other_labels(
     "network.weights": "",
   }
   config.update_from_flattened_dict({**settings, **changes})
-  if config.many_labels:
+  if config.multilabel:
     for row in range(40):
       _correct(source, row, ("old;stripes", "?old", "-", "stripes")[row % 4])
   before = source.read_text()
@@ -92,7 +92,7 @@ def test_a_training_does_not_go_on_with_other_labels(
   monkeypatch.setattr(loop, "fit", _stop)
   with pytest.raises(Stopped):
     _run(job, config, tmp_path / "run")
-  _correct(source, 7, "old" if config.many_labels else "class 0")
+  _correct(source, 7, "old" if config.multilabel else "class 0")
   with pytest.raises(errors.UsageError, match="row 8, 7.png") as caught:
     _run(job, config, tmp_path / "run")
   assert f"label {label!r} there" in str(caught.value)

@@ -371,7 +371,7 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
   config = _config(
     tmp_path / "many.csv",
     **{
-      "many_labels": True,
+      "multilabel": True,
       "network.head": "flatten",
       "train_from": "head",
       "epochs": 1,

@@ -88,7 +88,7 @@ def test_two_classes_are_the_second_and_two_labels_are_both():
   apart = curves.roc(positive, scores - np.flip(scores))
   np.testing.assert_allclose(found["roc"]["y"], apart.y)
   alone = curves.roc(positive, scores)
-  both = curves.curves(targets, table, many_labels=True)
+  both = curves.curves(targets, table, multilabel=True)
   other = curves.roc(~positive, np.flip(scores))
   np.testing.assert_allclose(both["roc"]["y"], (alone.y + other.y) / 2)
 
@@ -101,7 +101,7 @@ def test_rows_of_unknown_targets_are_left_out_of_that_label_alone():
   targets = np.stack([positive, positive], 1).astype(float)
   targets[unknown, 1] = np.nan
   found = curves.curves(
-    targets, np.stack([scores, -scores], 1), weights, many_labels=True
+    targets, np.stack([scores, -scores], 1), weights, multilabel=True
   )
   kept = ~unknown
   for name, one in (

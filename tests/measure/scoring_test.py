@@ -28,7 +28,7 @@ def _outputs(targets, logits, names="abc", multilabel=False, weights=None):
 def _several():
   """Returns label combinations, rows of them and logits."""
   combinations = ["-", "x", "y", "x;y", "?x;y", "x;?y"]
-  names, targets = labelling.read_targets(combinations, many=True)
+  names, targets = labelling.read_targets(combinations, multilabel=True)
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 6, 200).astype(np.int32)
   logits = rng.normal(size=(200, 2)).astype(np.float32)

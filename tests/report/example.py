@@ -362,7 +362,7 @@ def truncate_results(
       " layers around the best block; the test split was read once."
     ),
     "classes": list(classes),
-    "many_labels": False,
+    "multilabel": False,
     "prevalence": None,
     "unfinished": {"trainings": 3 * len(searched), "at_last_epoch": 0},
     "whole": "resnet50",
@@ -414,7 +414,7 @@ def finetune_results(classes=("negative", "positive"), **summary):
   base["measurements"] = rows
   base["summary"] |= {
     "classes": list(classes),
-    "many_labels": False,
+    "multilabel": False,
     "prevalence": None,
     "head": "gap",
     "trained_layers": ["layer3"],

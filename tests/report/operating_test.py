@@ -54,7 +54,7 @@ def test_the_table_names_the_positive_class():
   assert "where 2 % are positive" in text
   text = _text(operating.table(three, [("", [_point("a"), _point("b")])]))
   assert "Each class in turn is positive, all other classes negative." in text
-  many = {"classes": ["a", "b"], "many_labels": True}
+  many = {"classes": ["a", "b"], "multilabel": True}
   text = _text(operating.table(many, [("", [_point("a"), _point("b")])]))
   assert "its absence negative" in text
 

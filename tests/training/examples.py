@@ -22,7 +22,7 @@ def network(until="stem", num_classes=3, dtype=jnp.float32, flatten=None):
 def loss(num_classes=3, smoothing=0.0):
   return steps.Loss(
     targets=np.eye(num_classes, dtype=np.float32),
-    many=False,
+    multilabel=False,
     weights=np.ones(num_classes, np.float32),
     smoothing=smoothing,
   )

@@ -32,11 +32,11 @@ class _Source(sources.Examples):
     return np.zeros((16, 16, 3), np.uint8)
 
 
-def _data(source, many=False, **rows):
-  names, targets = labelling.read_targets(source.classes, many)
+def _data(source, multilabel=False, **rows):
+  names, targets = labelling.read_targets(source.classes, multilabel)
   everything = np.arange(len(source))
   rows = {**dict.fromkeys(("train", "val", "test"), everything), **rows}
-  return dataset.Dataset(source, rows, names, targets, many)
+  return dataset.Dataset(source, rows, names, targets, multilabel)
 
 
 def _config(**changes):
@@ -105,9 +105,9 @@ def test_intervals_of_rare_combinations_of_labels_have_a_width():
     ";".join(w for i, w in enumerate(words) if number >> i & 1) or "-"
     for number in range(16)
   ]
-  data = _data(_Source(classes, np.arange(16)), many=True)
+  data = _data(_Source(classes, np.arange(16)), multilabel=True)
   logits = np.random.default_rng(0).normal(size=(16, 4))
-  _, values = _evaluated(data, logits, logits, many_labels=True)
+  _, values = _evaluated(data, logits, logits, multilabel=True)
   for metric in ("accuracy", "loss", "auroc"):
     low, high = values["test", metric].interval
     assert low < values["test", metric].value < high
@@ -130,9 +130,9 @@ def test_the_temperature_is_that_of_validation():
 def test_what_is_counted_is_what_a_score_is_of():
   """A label that is not known of an image is not scored there."""
   classes = ["x", "y", "?x;y", "-"]
-  data = _data(_Source(classes, [0, 1, 2, 3] * 10), many=True)
+  data = _data(_Source(classes, [0, 1, 2, 3] * 10), multilabel=True)
   logits = np.random.default_rng(0).normal(size=(40, 2))
-  evaluated, values = _evaluated(data, logits, logits, many_labels=True)
+  evaluated, values = _evaluated(data, logits, logits, multilabel=True)
   assert values["test", "auroc"].images == 40
   for of_x in (("test", "auroc:x"), ("val", "auprc:x")):
     assert values[of_x].images == 30

@@ -9,7 +9,7 @@ WORKDIR ?= runs/quickstart
 # Four workers on a laptop's cores would fight for them; two fill a small CI.
 WORKERS ?= 2
 
-.PHONY: install quickstart test test-all lint clean
+.PHONY: install quickstart test test-slow test-all check coverage lowest clean
 
 install: $(INSTALLED)
 
@@ -26,15 +26,30 @@ $(INSTALLED): pyproject.toml
 quickstart: $(INSTALLED)
 	$(BIN)/jaxtransfer --config=configs/quickstart.py --workdir=$(WORKDIR)
 
+# ARGS: more for pytest, e.g. `make test ARGS="tests/data -k manifest"`.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS)
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
-lint: $(INSTALLED)
+test-all: test test-slow
+
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+coverage: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet pytest-cov
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' --cov=jaxtransfer \
+	  --cov-report=html --cov-report=term $(ARGS)
+
+# The oldest versions that pyproject.toml allows, in place of the newest.
+lowest: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct \
+	  --editable '.[test]'
 
 clean:
 	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ WORKDIR ?= runs/quickstart
 # Four workers on a laptop's cores would fight for them; two fill a small CI.
 WORKERS ?= 2
 
-.PHONY: install quickstart test test-all lint clean
+.PHONY: install quickstart test test-all check clean
 
 install: $(INSTALLED)
 
@@ -32,9 +32,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-lint: $(INSTALLED)
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 clean:
 	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache

@@ -296,7 +296,7 @@ class _Target(io.FileIO):
   def truncate(self, size: int | None = None) -> int:  # noqa: D102
     with self._noted():
       super().truncate(size)
-    return size
+    return self.tell() if size is None else size
 
   @contextlib.contextmanager
   def _noted(self) -> Iterator[None]:
@@ -319,5 +319,5 @@ def _digest(images: Images, network: Network, taps: Sequence[str]) -> str:
   digest.update(json.dumps(settings).encode())
   for name, value in tensors.dump(network).items():
     digest.update(name.encode())
-    digest.update(value)
+    digest.update(value.data)
   return digest.hexdigest()

@@ -16,7 +16,7 @@ SAID = {
   INTERRUPTED: "interrupted; the same command resumes",
   PREEMPTED: "preempted; the same command resumes",
 }
-CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+CODES: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 
 
 def end_at_signals() -> None:

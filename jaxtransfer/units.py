@@ -51,6 +51,11 @@ class Units:
       return None
     return json.loads(text)
 
+  def done(self, unit: Named) -> dict[str, Any]:
+    """Returns what a unit that is done came to."""
+    path = self.directory(unit) / "done.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
   def records(self, pattern: str) -> dict[str, list[dict[str, Any]]]:
     """Returns name -> JSON files of that unit, of all there are.
 

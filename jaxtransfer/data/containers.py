@@ -351,8 +351,10 @@ def webp(file: BinaryIO, max_pixels: int) -> Pixels:
 
 def _webp_size(kind: bytes, body: bytes) -> tuple[int, int] | None:
   if kind == b"VP8X" and len(body) >= 10:
-    sides = (body[4:7], body[7:10])
-    return tuple(int.from_bytes(side, "little") + 1 for side in sides)
+    width, height = (
+      int.from_bytes(side, "little") + 1 for side in (body[4:7], body[7:10])
+    )
+    return width, height
   if kind == b"VP8 " and len(body) >= 10:
     width, height = struct.unpack("<HH", body[6:10])
     return width & 0x3FFF, height & 0x3FFF

@@ -66,7 +66,8 @@ def read(path: pathlib.Path, task: str = "") -> Manifest:
       name: values and _filled([values[i] for i in kept])
       for name, values in columns.items()
     }
-  names = columns["path"]
+  # These two are never empty.
+  names, labels = columns["path"] or [], columns["label"] or []
   _check_there(path, names)
   if written := sum("\\" in name for name in names):
     about.append(
@@ -79,7 +80,7 @@ def read(path: pathlib.Path, task: str = "") -> Manifest:
   about += about_groups
   return Manifest(
     names=names,
-    labels=columns["label"],
+    labels=labels,
     groups=groups,
     slides=columns["slide"],
     splits=columns["split"],
@@ -190,13 +191,14 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
     # utf-8-sig: spreadsheets put a byte-order mark before the first column.
     with open(path, newline="", encoding="utf-8-sig") as f:
       reader = csv.reader(f, strict=True)
-      for row in reader:
-        if any(cell.strip() for cell in row):
-          yield reader.line_num, row
+      try:
+        for row in reader:
+          if any(cell.strip() for cell in row):
+            yield reader.line_num, row
+      except csv.Error as e:
+        raise UsageError(f"{path}, line {reader.line_num}: {e}") from e
   except UnicodeDecodeError as e:
     raise UsageError(f"{path}: not UTF-8 text ({e}); save it as UTF-8") from e
-  except csv.Error as e:
-    raise UsageError(f"{path}, line {reader.line_num}: {e}") from e
   except OSError as e:
     raise UsageError(f"{path}: {e.strerror}") from e
 
@@ -218,7 +220,7 @@ def _check_duplicates(
   columns: dict[str, list[str] | None],
 ) -> None:
   """One image may serve several tasks, but only once each."""
-  names, tasks = columns["path"], columns["task"]
+  names, tasks = columns["path"] or [], columns["task"]
   root = os.path.abspath(path.parent)
   seen: dict[tuple[str, str], int] = {}
   for row, name in enumerate(names):
@@ -287,10 +289,10 @@ def _groups(
 
   A slide is of one patient, so that rows of one slide are never divided.
   """
-  if groups is None and slides is None:
-    return None, []
   notes = []
   if groups is None:
+    if slides is None:
+      return None, []
     notes.append("no column group (patient) is filled; slides are the groups")
     groups = slides
   slides = slides or [""] * len(names)

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from jaxtransfer.data import images, manifests, tissue
+from jaxtransfer.data import images, manifests
 from jaxtransfer.data import names as naming
 from jaxtransfer.errors import MissingSourceError, UsageError
 
@@ -156,14 +156,14 @@ class _Files(Examples):
     for name in names:
       path = os.path.join(self._root, name)
       stat = _stat(path) or _stat(manifests.respelled(self._root, name))
-      size_and_time = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
-      found.append((name, *size_and_time))
+      size, time = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
+      found.append((name, size, time))
     return found
 
 
 def _stat(path: str | None) -> os.stat_result | None:
   try:
-    return path and os.stat(path)
+    return os.stat(path) if path else None
   except OSError:
     return None
 
@@ -452,7 +452,8 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # it warns of what we report ourselves
   try:
-    builder = tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
+    options: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
+    builder = tfds.builder(name, **options)
     prepared = builder.is_prepared()
   except tfds.core.DatasetNotFoundError:
     raise MissingSourceError(
@@ -508,7 +509,11 @@ def _open_synthetic(name: str, image_size: int) -> Examples:
   kind, _, task = path.partition("/")
   if kind != "tissue":
     raise UsageError(f"synthetic:{name}: the one there is synthetic:tissue")
-  options = {"size": image_size}
+  # It imports `Examples`, which its tiles are.
+  from jaxtransfer.data import tissue
+
+  options: dict[str, Any] = {"task": task} if task else {}
+  options["size"] = image_size
   for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
     if key not in ("patients", "tiles_per_patient", "size", "seed"):
       raise UsageError(
@@ -518,4 +523,4 @@ def _open_synthetic(name: str, image_size: int) -> Examples:
     if not value.isdecimal():
       raise UsageError(f"synthetic:{name}: {key} is {value!r}, not a number")
     options[key] = int(value)
-  return tissue.open_tissue(**({"task": task} if task else {}), **options)
+  return tissue.open_tissue(**options)

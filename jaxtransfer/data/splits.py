@@ -74,7 +74,7 @@ def make_splits(
   rows = splits["train"]
   part = _divide(
     labels[rows],
-    None if groups is None else [groups[row] for row in rows],
+    None if groups is None else [groups[row] for row in rows.tolist()],
     shares / shares.sum(),
     seed,
   )
@@ -564,7 +564,7 @@ def _absent(
   """Says which classes some rows lack; None where they lack none."""
   of_rows = np.asarray(labels)[np.asarray(rows, np.int64)]
   counts = np.bincount(of_rows, minlength=len(classes))
-  absent = [classes[c] for c in np.flatnonzero(counts == 0)]
+  absent = [classes[c] for c in np.flatnonzero(counts == 0).tolist()]
   if not absent:
     return None
   shown = naming.shown(absent, 5)

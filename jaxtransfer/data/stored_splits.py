@@ -140,7 +140,7 @@ def _read(
   try:
     with open(path, encoding="utf-8") as f:
       value = dict(json.load(f))
-    stored = {"names": list(value.pop("names"))}
+    stored: dict[str, Any] = {"names": list(value.pop("names"))}
     if "columns" in value:
       stored["classes"] = list(value.pop("classes"))
       columns = value.pop("columns")

@@ -73,7 +73,7 @@ def _search(
 
   def slope(t: float) -> float:
     gap = np.maximum(1 - sign * (logits + t * along), 0)
-    return flat + t * bend - 2 * (gap * sign) @ along
+    return float(flat + t * bend - 2 * (gap * sign) @ along)
 
   if abs(slope(1.0)) <= 1e-9 * abs(slope(0.0)):
     return 1.0

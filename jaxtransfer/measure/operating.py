@@ -218,19 +218,23 @@ def points(
       values |= {"ppv": found.positive, "npv": found.negative}
     return values
 
-  return [
-    Point(
-      rule,
-      threshold,
-      rates(there, scores, threshold),
-      quantities(rates(positive, tested_scores, threshold)),
-      {}
-      if weights is None
-      else quantities(rates(positive, tested_scores, threshold, weights)),
-      (int(positive.sum()), int((~positive).sum())),
+  made = []
+  for rule, threshold in rules.items():
+    values = quantities(rates(positive, tested_scores, threshold))
+    resampled: dict[str, Value] = {}
+    if weights is not None:
+      resampled = quantities(rates(positive, tested_scores, threshold, weights))
+    made.append(
+      Point(
+        rule,
+        threshold,
+        rates(there, scores, threshold),
+        {name: float(value) for name, value in values.items()},
+        {name: np.asarray(value) for name, value in resampled.items()},
+        (int(positive.sum()), int((~positive).sum())),
+      )
     )
-    for rule, threshold in rules.items()
-  ]
+  return made
 
 
 def rule_words(rule: str) -> str:

@@ -11,6 +11,7 @@ sum of losses beside ||W||^2 / 2, larger is less regularised.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,10 +141,8 @@ def fit_probe(
   )
   present, y = np.unique(y, return_inverse=True)
   if kind in ("logistic", "linear_svm"):
-    strengths = np.unique(np.asarray(strengths, np.float64))
-    if (
-      not strengths.size or not ((strengths > 0) & np.isfinite(strengths)).all()
-    ):
+    grid = np.unique(np.asarray(strengths, np.float64))
+    if not grid.size or not ((grid > 0) & np.isfinite(grid)).all():
       raise ValueError("strengths must be positive numbers, one at least")
     score = metrics.METRICS[metric].function
 
@@ -153,7 +152,7 @@ def fit_probe(
       return _widen(logits, classes, present, -np.inf)
 
     def validate(logits: np.ndarray) -> float:
-      value = score(y_val, scores_of(logits))
+      value = float(score(y_val, scores_of(logits)))
       if np.isnan(value):
         raise ValueError(
           f"{metric} of the validation rows is not defined, and so no strength"
@@ -161,7 +160,7 @@ def fit_probe(
         )
       return value
 
-    bases, best = _fit_linear(kind, train, y, val, strengths, validate)
+    bases, best = _fit_linear(kind, train, y, val, grid, validate)
 
     def result(part: np.ndarray) -> np.ndarray:
       return np.stack(
@@ -206,9 +205,10 @@ def _checked(
   classes: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
   """Returns the arguments of `fit_probe` as arrays that fit together."""
-  parts = {"train": train, "val": val, "test": test}
-  for name, part in parts.items():
-    part = parts[name] = np.asarray(part)
+  given = {"train": train, "val": val, "test": test}
+  parts: dict[str, np.ndarray] = {}
+  for name, features in given.items():
+    part = parts[name] = np.asarray(features)
     if part.ndim != 3:
       raise ValueError(f"{name} features must be (R, N, D), got {part.shape}")
     if part.shape[::2] != parts["train"].shape[::2]:
@@ -526,8 +526,10 @@ def _descend(
 
   lbfgs = optax.scale_by_lbfgs(_HISTORY)
   # The counter is shared, so that the history is written in one place.
+  # As axes of vmap, not as a state.
+  # pyrefly: ignore[bad-argument-type]
   axes = optax.ScaleByLBFGSState(None, 0, 0, 0, 0, 0)
-  update = lbfgs.update
+  update: Callable[..., Any] = lbfgs.update
   for _ in range(3):
     update = jax.vmap(update, in_axes=(0, axes, 0), out_axes=(0, axes))
 
@@ -614,7 +616,8 @@ def _descend(
   g, done = gradient(slope, weights)
   # v itself is never needed, only its differences: it may start from zero.
   v = jnp.zeros_like(weights)
-  state = lbfgs.init(v[0, 0, 0])
+  # For optax, any tree.
+  state = cast(optax.ScaleByLBFGSState, lbfgs.init(v[0, 0, 0]))
   fits = v.shape[:3]
   history = jax.tree.map(
     lambda leaf: jnp.zeros((*fits, *leaf.shape), leaf.dtype), state
@@ -645,7 +648,9 @@ class _Best:
   beyond: float = 0.0
   converged: bool = False
   iterations: int = 0
-  weights: np.ndarray | None = None
+  weights: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros((0, 1))
+  )
 
 
 def _fit_linear(
@@ -779,7 +784,7 @@ def _fit_path(
       weights, done, more = _descend(*fixed, change, weights, limit)
       taken = taken + np.asarray(more)
       # Independent classes of one fit are one fit to whoever reads of it.
-      converged = np.asarray(done).all(2)
+      converged = np.asarray(np.asarray(done).all(2))
       if converged.all() or taken.max() >= MAX_ITERATIONS:
         break
       # Once the iterations have cost what Newton's method is about to: then
@@ -834,7 +839,7 @@ def _finish_hinge(
         features, signs[g], ridge, ended[r, s, g, 0, used]
       )
       taken[r, s, g] += steps
-  return jnp.asarray(ended), done.all(2), taken
+  return jnp.asarray(ended), np.asarray(done.all(2)), taken
 
 
 @jax.jit
@@ -871,9 +876,9 @@ def _neighbours(
   # Whole chunks of one shape: the last is filled up with zero rows.
   step = max(1, min(1024, _CHUNK_BYTES // (8 * len(train))))
   padded = np.pad(queries, ((0, -len(queries) % step), (0, 0)))
-  train, y = jnp.asarray(train), jnp.asarray(y)
+  rows, labels = jnp.asarray(train), jnp.asarray(y)
   votes = [
-    np.asarray(_vote(train, y, padded[start : start + step], k, classes))
+    np.asarray(_vote(rows, labels, padded[start : start + step], k, classes))
     for start in range(0, len(padded), step)
   ]
   return np.concatenate(votes)[: len(queries)] / np.float32(k)

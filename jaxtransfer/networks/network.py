@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
-from jaxtransfer.networks.family import Family
+from jaxtransfer.networks.family import Family, LayerModule
 from jaxtransfer.networks.layers import bare, widened
 
 
@@ -18,10 +18,7 @@ class Network(nnx.Module):
   Args:
     name: the zoo's name.
     family: whose names and initialiser hold.
-    layers: (layer name, module) in order, already cut. A module maps
-      (x_NHWC, train) to the next x_NHWC, which may be `Measured`, knows its
-      output's `channels`, and `macs(size)` gives its multiply-accumulates for
-      one image of that (height, width) and the size it hands on.
+    layers: (layer name, module) in order, already cut.
     aliases: a stage's name -> the name of its last layer.
     relu: whether a ReLU follows the last layer before pooling, as after an
       uncut DenseNet's norm5.
@@ -36,7 +33,7 @@ class Network(nnx.Module):
     self,
     name: str,
     family: Family,
-    layers: Sequence[tuple[str, nnx.Module]],
+    layers: Sequence[tuple[str, LayerModule]],
     aliases: Mapping[str, str],
     relu: bool,
     num_classes: int | None,

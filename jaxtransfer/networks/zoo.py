@@ -197,10 +197,10 @@ def build(
   aliases = kind.aliases(spec)
   last = names[-1] if until is None else aliases.get(until, until)
   if last not in names:
-    raise unknown_layer(name, until, names, aliases)
+    raise unknown_layer(name, last, names, aliases)
   full = None if slim_after is None else aliases.get(slim_after, slim_after)
   if full is not None and full not in names:
-    raise unknown_layer(name, slim_after, names, aliases)
+    raise unknown_layer(name, full, names, aliases)
   if full is not None and names.index(full) >= names.index(last):
     raise errors.UsageError(
       f"slim_after={slim_after!r}: nothing after it in {name}, which ends with"

@@ -48,7 +48,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
 
   def picture(name: str, title: str, caption: str) -> Picture | None:
     figure = drawn[name]
-    return figure and Picture(name, figure, title, caption)
+    return None if figure is None else Picture(name, figure, title, caption)
 
   sections = [
     Section(
@@ -463,7 +463,7 @@ def _metric(summary: Mapping[str, Any]) -> str:
 
 
 def _probe(name: str | None) -> str:
-  return PROBES.get(name, str(name or "unnamed probe"))
+  return PROBES.get(name or "", str(name or "unnamed probe"))
 
 
 def _scores(
@@ -488,8 +488,12 @@ def _marks(summary: Mapping[str, Any]) -> list[Mark]:
   cut, best = summary.get("cut"), summary.get("best")
   if cut is not None and cut == best:
     return [Mark(cut, "cut and best")]
-  marks = [Mark(cut, "cut"), Mark(best, "best", figures.GREEN, "--")]
-  return [mark for mark in marks if mark.tap in summary["taps"]]
+  marks, taps = [], summary["taps"]
+  if cut is not None and cut in taps:
+    marks.append(Mark(cut, "cut"))
+  if best is not None and best in taps:
+    marks.append(Mark(best, "best", figures.GREEN, "--"))
+  return marks
 
 
 def _pretrained_and_random(

@@ -98,7 +98,11 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
   for tap, what in others.items():
     if tap != cut:
       difference = of(tap, "against_cut")
-      shown = {1: "more than the cut", -1: "less than the cut"}.get(
+      signs: dict[int | None, str] = {
+        1: "more than the cut",
+        -1: "less than the cut",
+      }
+      shown = signs.get(
         _sign(difference), "no difference that these images can show"
       )
       said.append(
@@ -135,7 +139,7 @@ def of_truncate(summary: Mapping[str, Any]) -> str:
     for row in table
     if row is not chosen and row is not whole and _mean(row, metric) is not None
   ]
-  best = max(others, key=lambda row: _mean(row, metric), default=None)
+  best = max(others, key=lambda row: _mean(row, metric) or 0.0, default=None)
 
   own = _doubts("the network", chosen)
   if not own and (missed := summary["exported"]["missed"]):
@@ -262,7 +266,7 @@ def _verdict(name: str, chosen: Row, whole: Row | None, metric: str) -> str:
   )
 
 
-def _compared(difference: Mapping[str, float | None]) -> str:
+def _compared(difference: Row) -> str:
   """Returns the sentence on the cut less the whole network."""
   sign = _sign(difference)
   if sign is None:
@@ -371,7 +375,7 @@ def _sign(difference: Mapping[str, float | None]) -> int | None:
   return (low > 0) - (high < 0)
 
 
-def _size(difference: Mapping[str, float]) -> str:
+def _size(difference: Row) -> str:
   """Returns a difference that is not zero without its sign."""
   value, *ends = (abs(difference[key]) for key in ("value", "low", "high"))
   low, high = sorted(ends)

@@ -47,7 +47,7 @@ class Measurements:
   def series(
     self,
     taps: Sequence[str],
-    metric: str,
+    metric: str | None,
     *,
     weights: str | None = None,
     probe: str | None = None,
@@ -156,14 +156,14 @@ def _not_finite(value: Any) -> bool:
   return isinstance(value, (float, np.floating)) and not math.isfinite(value)
 
 
-def score(value: float, *, signed: bool = False) -> str:
+def score(value: float | None, *, signed: bool = False) -> str:
   """Returns a score with three decimals and a true minus sign.
 
   Args:
-    value: the score; NaN becomes a dash.
+    value: the score; None and NaN become a dash.
     signed: whether a positive number carries its plus.
   """
-  if not math.isfinite(value):
+  if value is None or not math.isfinite(value):
     return ABSENT
   # A rounded zero has no sign: neither +0.000 nor -0.000 says anything.
   value = round(value, 3) or 0.0

@@ -51,7 +51,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
   def picture(
     name: str, figure: Figure | None, title: str, caption: str
   ) -> Picture | None:
-    return figure and Picture(name, figure, title, caption)
+    return None if figure is None else Picture(name, figure, title, caption)
 
   exported = _exported(summary)
   confusion_title, confusion_caption = finetune.CONFUSION_WORDS
@@ -181,7 +181,7 @@ def search(summary: Mapping[str, Any]) -> Figure | None:
   if not found:
     return None
   cut = summary.get("cut")
-  marks = [Mark(cut, "cut")] if cut in taps else []
+  marks = [] if cut is None or cut not in taps else [Mark(cut, "cut")]
   share = _share_of_macs(summary)
   heights = [2.9, 0.75] if np.isfinite(share).any() else [2.9]
   with figures.style():

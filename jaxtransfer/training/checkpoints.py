@@ -205,7 +205,7 @@ class Checkpoints:
     """
     read, about, notes = None, None, []
     if self._manager is not None:
-      read, about, notes = self._read(tree)
+      read, about, notes = self._read(self._manager, tree)
     about, notes = parallel.all_gather([about, notes])[0]
     if about is None:
       return None, notes
@@ -214,15 +214,17 @@ class Checkpoints:
     whole = parallel.broadcast(tree if read is None else read)
     return Saved(whole, **{k: about[k] for k in _ABOUT if k != "best"}), notes
 
-  def _read(self, tree: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
+  def _read(
+    self, manager: ocp.CheckpointManager, tree: Any
+  ) -> tuple[Any, dict[str, Any] | None, list[str]]:
     """Returns the arrays, what was saved beside them, and notes."""
     shapes = {
       name: np.zeros(x.shape, x.dtype) for name, x in _named(tree).items()
     }
     damaged: dict[int, str] = {}
-    for number in sorted(self._manager.all_steps(), reverse=True):
+    for number in sorted(manager.all_steps(), reverse=True):
       try:
-        restored = self._manager.restore(
+        restored = manager.restore(
           number,
           args=ocp.args.Composite(
             arrays=ocp.args.StandardRestore(shapes),
@@ -243,6 +245,8 @@ class Checkpoints:
         damaged[number] = _first_line(e)
         continue
       notes = [self._move_aside(*item) for item in damaged.items()]
+      if damaged:
+        manager.reload()
       return whole, {**kept, "number": number}, notes
     if damaged:
       raise errors.RunError(
@@ -291,7 +295,6 @@ class Checkpoints:
     # Empty and of a new name, it is replaced by what is moved there.
     aside = tempfile.mkdtemp(prefix=f"damaged-{number}-", dir=self._directory)
     path.replace(aside)
-    self._manager.reload()
     return (
       f"{path} is damaged ({reason}); it was moved to {aside}, and the"
       " checkpoint before it is used"
@@ -350,4 +353,4 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -42,50 +42,29 @@ class Journal(Protocol):
     """Writes these lines in place of all that are there."""
 
 
-class Batches(Protocol):
-  """The batches of a whole training, all epochs, in a fixed order.
+class Batches(pipeline.Source, inference.Fallible, Protocol):
+  """The batches of a whole training, all epochs, the same number in each."""
 
-  Attributes:
-    failures: (name, reason) of all that could not be read so far.
-  """
-
-  failures: pipeline.Failures
-
-  def __len__(self) -> int:
-    """Returns how many there are, the same number in each epoch."""
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    """Returns the next batch: this process's part of it."""
-
-  def get_state(self) -> dict[str, Any]:
-    """Returns the place in the order, as JSON values.
-
-    `failures` in it are (row, reason) of what could not be read so far.
-    """
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to where `get_state` was called."""
-
-  def add_failures(self, failures: inference.Failures) -> None:
-    """Takes up what others could not read."""
-
-  def close(self) -> None:
-    """Ends whatever reads."""
+  @property
+  def failures(self) -> pipeline.Failures:
+    """(name, reason) of all that could not be read so far."""
 
 
 class Task(Protocol):
   """What is trained.
 
   Attributes:
-    batches: of all epochs; the loop closes them.
     recipe: what a step does, for the lines.
     failures: name -> why it could not be read; the loop adds what training and
       validation met.
   """
 
-  batches: Batches
   recipe: steps.Recipe
   failures: dict[str, str]
+
+  @property
+  def batches(self) -> Batches:
+    """Those of all epochs; the loop closes them."""
 
   def first_state(self) -> steps.State:
     """Returns the state before the first step, always the same."""
@@ -269,7 +248,8 @@ class _Run:
     self._unreadable: inference.Failures = []  # of validation
     # Of the epoch in hand, but for the first step of a process, which
     # compiles: before the last pause of the clock, and when it went on.
-    self._spent, self._began = 0.0, None
+    self._spent = 0.0
+    self._began: float | None = None
     self._clock = _Clock(settings.unit)
     self._running: collections.deque[jax.Array] = collections.deque()
     state = task.first_state()
@@ -551,7 +531,8 @@ class _Clock:
 
   def read(self) -> dict[str, float]:
     """Returns what was measured since it was last read."""
-    seconds = time.monotonic() - self._started
+    now = time.monotonic()
+    seconds = now - (now if self._started is None else self._started)
     measured: dict[str, float] = {}
     if self._steps:
       measured = {

@@ -390,14 +390,15 @@ def _read(
     and "/" not in name[len(reading.container) :]
     and not name.endswith(_NUMBERS)
   }
-  if reading.layout.numbered:
+  rename = reading.layout.rename
+  if rename is None:
     renamed = _rename_children(
       list(inside.values()),
       inside[reading.anchor],
       [name.removeprefix(above) for name in trunk],
     )
   else:
-    renamed = reading.layout.rename(list(inside.values()))
+    renamed = rename(list(inside.values()))
   nested = tuple(o for o in others if o != start and o.startswith(start))
   found: dict[str, str] = {}
   left_over = []

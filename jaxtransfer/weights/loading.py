@@ -320,7 +320,10 @@ def read_weights(
   Raises:
     UsageError: the file is damaged; a tensor is missing, left over, of another
       shape, not floating point, or holds NaN or infinity.
+    ValueError: the source has no path.
   """
+  if source.path is None:
+    raise ValueError(f"{source.label}: there is no file to read")
   stored = readers.open_checkpoint(source.path)
   place = _locate(source, network, stored)
   head = zoo.family(network).head_names if keep_head else None

@@ -315,6 +315,8 @@ def interpret(
   """
   machine = _Machine(persistent)
   try:
+    # It needs `read` and `readline` alone; its stubs ask for a whole IO.
+    # pyrefly: ignore[bad-argument-type]
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
       if count > _MAX_OPCODES:
         raise Refused("its pickle is longer than any state dict's")

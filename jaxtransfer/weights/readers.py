@@ -264,7 +264,10 @@ def _read_orbax(path: pathlib.Path) -> Checkpoint:
   path = path.absolute()
   # Orbax and TensorStore document no common exception for a damaged directory.
   try:
-    tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+    metadata = ocp.StandardCheckpointer().metadata(path).item_metadata
+    if metadata is None:
+      raise ValueError("it says nothing of its arrays")
+    tree = metadata.tree
   except Exception as error:
     raise errors.UsageError(
       f"{path}: cut short or damaged ({str(error).splitlines()[0][:200]})"

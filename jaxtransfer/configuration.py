@@ -132,13 +132,13 @@ def flat(config: Values, prefix: str = "") -> dict[str, Any]:
     config: a mapping of values and mappings.
     prefix: stands before every key.
   """
-  found: dict[str, Any] = {}
+  values: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
-      found |= flat(value, f"{prefix}{key}.")
+      values |= flat(value, f"{prefix}{key}.")
     else:
-      found[f"{prefix}{key}"] = value
-  return found
+      values[f"{prefix}{key}"] = value
+  return values
 
 
 def written(value: Any) -> str:

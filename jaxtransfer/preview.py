@@ -266,8 +266,8 @@ def tell(
   for number, data in enumerate(divisions):
     lines += ["", f"Fold {number}:" if len(divisions) > 1 else "Splits:"]
     lines += _splits(data)
-  said = [note for data in divisions for note in data.notes] + list(notes)
-  lines += ["", *dict.fromkeys(said)] if said else []
+  remarks = [note for data in divisions for note in data.notes] + list(notes)
+  lines += ["", *dict.fromkeys(remarks)] if remarks else []
   there = path.absolute()
   while not there.exists():
     there = there.parent

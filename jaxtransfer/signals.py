@@ -73,6 +73,6 @@ def _ask_again(ignored: Any) -> None:
   # When it is over; this function too is called in the middle of it.
   import threading
 
-  again = threading.Timer(0.01, os.kill, (os.getpid(), number))
-  again.daemon = True
-  again.start()
+  repeat = threading.Timer(0.01, os.kill, (os.getpid(), number))
+  repeat.daemon = True
+  repeat.start()

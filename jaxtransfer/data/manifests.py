@@ -56,14 +56,14 @@ def read(path: pathlib.Path, task: str = "") -> Manifest:
   _check_splits(path, lines, columns["split"])
   _check_duplicates(path, lines, columns)
   about = naming.alike("tasks", columns["task"] or ())
-  kept = _of_task(path, len(lines), columns["task"], task)
-  if len(kept) < len(lines):
+  rows = _of_task(path, len(lines), columns["task"], task)
+  if len(rows) < len(lines):
     about.append(
-      f"{len(kept):,} of {len(lines):,} rows are of task {task}; the others are"
+      f"{len(rows):,} of {len(lines):,} rows are of task {task}; the others are"
       " not used"
     )
     columns = {
-      name: values and _filled([values[i] for i in kept])
+      name: values and _filled([values[i] for i in rows])
       for name, values in columns.items()
     }
   # These two are never empty.
@@ -105,8 +105,8 @@ def respelled(root: str, name: str) -> str | None:
   if name.isascii() and "\\" not in name:
     return None
   spellings = dict.fromkeys((name, name.replace("\\", "/")))
-  found = (_walk(root, pathlib.PurePosixPath(s).parts) for s in spellings)
-  return next((path for path in found if path is not None), None)
+  paths = (_walk(root, pathlib.PurePosixPath(s).parts) for s in spellings)
+  return next((path for path in paths if path is not None), None)
 
 
 def _walk(path: str, parts: Sequence[str]) -> str | None:
@@ -117,9 +117,9 @@ def _walk(path: str, parts: Sequence[str]) -> str | None:
   for form in dict.fromkeys(forms):
     inside = os.path.join(path, form)
     if os.path.exists(inside):
-      found = _walk(inside, parts[1:])
-      if found is not None:
-        return found
+      path_inside = _walk(inside, parts[1:])
+      if path_inside is not None:
+        return path_inside
   return None
 
 
@@ -239,8 +239,8 @@ def _check_duplicates(
 def _file(root: str, name: str) -> str:
   """Returns the normal path of the file that a name stands for."""
   exact = os.path.join(root, name)
-  found = exact if os.path.exists(exact) else respelled(root, name)
-  return os.path.normpath(found or exact)
+  file = exact if os.path.exists(exact) else respelled(root, name)
+  return os.path.normpath(file or exact)
 
 
 def _of_task(
@@ -311,13 +311,13 @@ def _groups(
       " divided: right where slides are numbered anew in each group or hold"
       " several patients; else images of one slide may be trained and tested on"
     )
-  found, of_slide, alone = [], 0, 0
+  of_rows, of_slide, alone = [], 0, 0
   for name, group, slide in zip(names, groups, slides, strict=True):
     if not group:
       of_slide, alone = of_slide + bool(slide), alone + (not slide)
       known = list(owners.get(slide, ()))
       group = known[0] if len(known) == 1 else f"ungrouped:{slide or name}"
-    found.append(group)
+    of_rows.append(group)
   count = f"of {len(names):,} rows name"
   if of_slide:
     notes.append(f"{of_slide:,} {count} no group; their slide decides it")
@@ -326,4 +326,4 @@ def _groups(
     notes.append(
       f"{alone:,} {count} no {missing}; each is taken as a group of its own"
     )
-  return found, notes
+  return of_rows, notes

@@ -789,7 +789,7 @@ class Tissue(Examples):
 def _latents(scene: Scene) -> dict[str, float]:
   nuclei, lumen = scene.nuclei, scene.lumen
   radius = np.sqrt(nuclei.a * nuclei.b)
-  found = {
+  latents = {
     "nuclei": float(len(radius)),
     "nuclear_area": float(np.pi * (radius**2).sum()),
     "nuclear_radius": float(radius.mean()),
@@ -817,9 +817,9 @@ def _latents(scene: Scene) -> dict[str, float]:
       continue
     gap.append(np.diff(turns, append=turns[0] + 2 * np.pi).max())
     deviation.append(distance[near].std())
-  found["ring_gap"] = float(np.mean(gap)) if gap else 2 * np.pi
-  found["ring_deviation"] = float(np.mean(deviation)) if gap else 9.0
-  return found
+  latents["ring_gap"] = float(np.mean(gap)) if gap else 2 * np.pi
+  latents["ring_deviation"] = float(np.mean(deviation)) if gap else 9.0
+  return latents
 
 
 def open_tissue(

@@ -142,11 +142,11 @@ def hardly_found(
   missed = []
   for label in np.unique(labels).tolist():
     called = np.bincount(predicted[labels == label], minlength=classes)
-    found, images = int(called[label]), int(called.sum())
-    if found < images / (2 * classes):
+    hits, images = int(called[label]), int(called.sum())
+    if hits < images / (2 * classes):
       called[label] = 0
       instead = int(called.argmax())
-      missed.append(Missed(label, images, found, instead, int(called[instead])))
+      missed.append(Missed(label, images, hits, instead, int(called[instead])))
   return sorted(missed, key=lambda m: m.found / m.images)
 
 

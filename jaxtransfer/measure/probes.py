@@ -537,7 +537,7 @@ def _descend(
     return t[..., None, None]
 
   def step(carry: tuple) -> tuple:
-    v, w, logits, slope, g, done, taken, i, history = carry
+    v, w, logits, slope, g, done, iterations, i, history = carry
     d, history = update(g, history, v)
     # Rounding near the minimum can give a pair without curvature.
     sound = jnp.isfinite(history.weights_memory) & (history.weights_memory > 0)
@@ -597,7 +597,7 @@ def _descend(
     return finish(carry, t, d, w_d, logits_d, new, history)
 
   def finish(carry, t, d, w_d, logits_d, new, history):  # noqa: ANN001, ANN202
-    v, w, logits, _, _, done, taken, i, _ = carry
+    v, w, logits, _, _, done, iterations, i, _ = carry
     v, w = v + along(t) * d, w + along(t) * w_d
     g, now = gradient(new, w)
     return (
@@ -607,7 +607,7 @@ def _descend(
       new,
       g,
       done | now,
-      taken + ~done,
+      iterations + ~done,
       i + 1,
       history,
     )
@@ -777,31 +777,31 @@ def _fit_path(
     ridge, scale = jnp.float32(ridge), jnp.float32(scale)
     fixed = (kind, x, jnp.asarray(onehot), ridge, scale)
     weights = jnp.repeat(start, wide, axis=1)
-    taken, limit = 0, _FIRST_ROUND
+    iterations, limit = 0, _FIRST_ROUND
     # Where the last chunk needed the Hessian, so will this one.
     change = _precondition(*fixed, weights) if hard else _diagonal(scale)
     while True:
       weights, done, more = _descend(*fixed, change, weights, limit)
-      taken = taken + np.asarray(more)
+      iterations = iterations + np.asarray(more)
       # Independent classes of one fit are one fit to whoever reads of it.
       converged = np.asarray(np.asarray(done).all(2))
-      if converged.all() or taken.max() >= MAX_ITERATIONS:
+      if converged.all() or iterations.max() >= MAX_ITERATIONS:
         break
       # Once the iterations have cost what Newton's method is about to: then
       # both together cost at most twice what the better one would have.
-      left = np.count_nonzero(~np.asarray(done)) * width
-      if newton and left <= 12 * taken.max() * taken.size:
-        weights, converged, taken = _finish_hinge(
-          x, onehot, squares, filled, weights, np.asarray(done), taken
+      rest = np.count_nonzero(~np.asarray(done)) * width
+      if newton and rest <= 12 * iterations.max() * iterations.size:
+        weights, converged, iterations = _finish_hinge(
+          x, onehot, squares, filled, weights, np.asarray(done), iterations
         )
         break
       hard = True
       change = _precondition(*fixed, weights)
       limit *= 2
     start = weights[:, len(chunk) - 1 :][:, :1]
-    found = np.asarray(weights).reshape(networks, wide, -1, width)
+    fits = np.asarray(weights).reshape(networks, wide, -1, width)
     for s in range(len(chunk)):
-      yield found[:, s], converged[:, s], taken[:, s].max(1)
+      yield fits[:, s], converged[:, s], iterations[:, s].max(1)
 
 
 def _finish_hinge(
@@ -811,7 +811,7 @@ def _finish_hinge(
   penalties: np.ndarray,
   weights: jax.Array,
   done: np.ndarray,
-  taken: np.ndarray,
+  iterations: np.ndarray,
 ) -> tuple[jax.Array, np.ndarray, np.ndarray]:
   """Ends the fits that have not converged, each alone, in float64.
 
@@ -822,12 +822,12 @@ def _finish_hinge(
     penalties: (S,).
     weights: (R,S,G,1,E) so far.
     done: (R,S,G) whether they have converged.
-    taken: (R,S,G) iterations so far.
+    iterations: (R,S,G) so far.
 
   Returns:
     weights, (R,S) converged, (R,S,G) iterations.
   """
-  ended, done, taken = np.array(weights), done.copy(), taken.copy()
+  ended, done, iterations = np.array(weights), done.copy(), iterations.copy()
   signs = 2 * onehot[:, 0].astype(np.float64) - 1
   for r, of_network in enumerate(x):
     used = squares[r] > 0
@@ -838,8 +838,8 @@ def _finish_hinge(
       ended[r, s, g, 0, used], steps, done[r, s, g] = hinge.minimise(
         features, signs[g], ridge, ended[r, s, g, 0, used]
       )
-      taken[r, s, g] += steps
-  return jnp.asarray(ended), np.asarray(done.all(2)), taken
+      iterations[r, s, g] += steps
+  return jnp.asarray(ended), np.asarray(done.all(2)), iterations
 
 
 @jax.jit

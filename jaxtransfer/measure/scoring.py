@@ -215,13 +215,13 @@ def _of_one_label(
   targets: np.ndarray, probability: np.ndarray, weights: np.ndarray | None
 ) -> dict[str, Number]:
   known = ~np.isnan(targets)
-  kept = None if weights is None else weights[:, known]
+  draws = None if weights is None else weights[:, known]
   if not known.any():
     nothing = np.nan if weights is None else np.full(len(weights), np.nan)
     return dict.fromkeys(METRICS, nothing)
   yes = probability[known]
   return _of_classes(
-    targets[known].astype(int), np.stack([1 - yes, yes], 1), kept
+    targets[known].astype(int), np.stack([1 - yes, yes], 1), draws
   )
 
 

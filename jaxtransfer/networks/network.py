@@ -116,8 +116,8 @@ class Network(nnx.Module):
     Raises:
       UsageError: a name is not a layer of this (perhaps cut) network.
     """
-    wanted = {tap: self.resolve(tap) for tap in at}
-    missing = set(wanted.values())
+    layer_of = {tap: self.resolve(tap) for tap in at}
+    missing = set(layer_of.values())
     outputs: dict[str, jax.Array] = {}
     x_NHWC = images
     for name, layer in zip(self.layer_names, self.layers, strict=True):
@@ -128,7 +128,7 @@ class Network(nnx.Module):
         output_NHWC = bare(x_NHWC)
         outputs[name] = average(output_NHWC) if pool else output_NHWC
         missing.remove(name)
-    return {tap: outputs[name] for tap, name in wanted.items()}
+    return {tap: outputs[name] for tap, name in layer_of.items()}
 
   def check_size(self, side: int) -> None:
     """Follows the shapes of an image through the network, without computing.

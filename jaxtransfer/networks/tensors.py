@@ -80,12 +80,12 @@ def load(model: Network, tensors: Mapping[str, np.ndarray]) -> None:
 
 def dump(model: Network) -> dict[str, np.ndarray]:
   """Returns {torchvision name: float32 array in torch's layout}."""
-  found = {}
+  arrays = {}
   for name, variable in _variables(model):
     value = np.asarray(jax.device_get(variable.get_value()))
     order = _permute(range(value.ndim), to_torch=True)
-    found[name] = np.ascontiguousarray(value.transpose(order))
-  return found
+    arrays[name] = np.ascontiguousarray(value.transpose(order))
+  return arrays
 
 
 def random(model: Network, seed: int) -> dict[str, np.ndarray]:

@@ -75,7 +75,7 @@ def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   """
   network = build(name)
   stages = {layer: alias for alias, layer in network.aliases}
-  found = []
+  table = []
   strided = (224, 224)
   for layer_name, layer, (params, macs) in zip(
     network.layer_names,
@@ -85,10 +85,10 @@ def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   ):
     strided = layer.macs(strided)[1]
     for alias in filter(None, [layer_name, stages.get(layer_name)]):
-      found.append(
+      table.append(
         Layer(alias, layer.channels, 224 // strided[0], params, macs)
       )
-  return tuple(found)
+  return tuple(table)
 
 
 def count(
@@ -209,15 +209,15 @@ def build(
   dtype = jnp.dtype(dtype)
 
   def construct() -> Network:
-    kept = []
+    layers = []
     for layer in kind.make_layers(spec, dtype, full):
-      kept.append(layer)
+      layers.append(layer)
       if layer[0] == last:
         break
     return Network(
       name,
       kind,
-      kept,
+      layers,
       aliases,
       relu=kind.final_relu and until is None and final_relu,
       num_classes=num_classes,

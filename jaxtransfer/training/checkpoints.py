@@ -203,15 +203,15 @@ class Checkpoints:
       RunError: there are checkpoints, but none is whole, or the disk or the
         memory does not let one be read; all are left as they are.
     """
-    read, about, notes = None, None, []
+    arrays, about, notes = None, None, []
     if self._manager is not None:
-      read, about, notes = self._read(self._manager, tree)
+      arrays, about, notes = self._read(self._manager, tree)
     about, notes = parallel.all_gather([about, notes])[0]
     if about is None:
       return None, notes
     self.newest, self._kept.best = about["number"], about["best"]
     # The other processes give what has the right shapes.
-    whole = parallel.broadcast(tree if read is None else read)
+    whole = parallel.broadcast(tree if arrays is None else arrays)
     return Saved(whole, **{k: about[k] for k in _ABOUT if k != "best"}), notes
 
   def _read(
@@ -238,7 +238,7 @@ class Checkpoints:
             raise ValueError(f"{name} has another checksum")
         leaves = [arrays[name] for name in shapes]
         whole = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        kept = {key: about[key] for key in _ABOUT}
+        state = {key: about[key] for key in _ABOUT}
       # Whatever a damaged file makes its reader raise.
       except Exception as e:  # noqa: BLE001
         self._check_readable(number, e)
@@ -247,7 +247,7 @@ class Checkpoints:
       notes = [self._move_aside(*item) for item in damaged.items()]
       if damaged:
         manager.reload()
-      return whole, {**kept, "number": number}, notes
+      return whole, {**state, "number": number}, notes
     if damaged:
       raise errors.RunError(
         f"{self._directory}: no checkpoint can be read; the newest:"

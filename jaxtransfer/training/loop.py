@@ -202,7 +202,7 @@ def fit(
     pipeline.prefetch(task.batches, task.put) as batches,
     checkpoints.Checkpoints(
       directory / "checkpoints", settings.checkpoints
-    ) as kept,
+    ) as store,
   ):
     run = _Run(
       task,
@@ -210,14 +210,14 @@ def fit(
       devices,
       journal,
       batches,
-      kept,
+      store,
       devices.agreed(asked_to_end),
     )
     try:
       ended = run.train(stop_after)
     except inference.Stopped:
       run.save()
-      kept.wait()
+      store.wait()
       raise SystemExit(signals.PREEMPTED) from None
     return run.fitted(ended)
 
@@ -232,7 +232,7 @@ class _Run:
     devices: parallel.Devices,
     journal: Journal,
     batches: pipeline.Prefetched,
-    kept: checkpoints.Checkpoints,
+    store: checkpoints.Checkpoints,
     preempted: Callable[[], bool],
   ):
     self._task = task
@@ -240,7 +240,7 @@ class _Run:
     self._devices = devices
     self._journal = journal
     self._batches = batches
-    self._kept = kept
+    self._store = store
     self._preempted = preempted
     self._steps = len(task.batches)
     self._per_epoch = self._steps // settings.epochs
@@ -260,7 +260,7 @@ class _Run:
 
   def _restore(self, state: steps.State) -> steps.State:
     """Returns the state to go on from: the newest saved, or the first."""
-    saved, self._notes = self._kept.restore((state, self._best))
+    saved, self._notes = self._store.restore((state, self._best))
     if saved is not None:
       (state, self._best), self._records = (
         saved.tree,
@@ -312,12 +312,12 @@ class _Run:
     """Begins to save where training is, if it is not saved yet."""
     # An epoch's end is saved once before its validation and once after it.
     number = self._done + len(epochs_of(self._records))
-    if number == self._kept.newest:
+    if number == self._store.newest:
       return
     place = dict(self._batches.get_state())
     place["failures"] = inference.gather_failures(place["failures"])
     place["unreadable"] = self._unreadable
-    self._kept.save(
+    self._store.save(
       number,
       (self._state, self._best),
       place,

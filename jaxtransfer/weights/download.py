@@ -196,8 +196,8 @@ def _download(url: str, part: pathlib.Path, loopback: str | None) -> None:
       start = 0
       total = int(response.headers.get("Content-Length") or -1)
     # A weak tag does not promise the same bytes.
-    found = response.headers.get("ETag", "")
-    tag_path.write_text("" if found.startswith("W/") else found)
+    etag = response.headers.get("ETag", "")
+    tag_path.write_text("" if etag.startswith("W/") else etag)
     with (
       open(part, "ab" if start else "wb") as f,
       progress.Progress(

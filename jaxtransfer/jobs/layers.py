@@ -188,7 +188,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     "run": begun,
   }
   read = dataset.what_was_read([data], dict(failures))
-  left = _results(config, plan, source, data, read, measured, costs, about)
+  left = _results(
+    config, plan, source, data, read, measured, costs.table, about
+  )
   page.write(workdir.path, left)
   _print(left)
   return workdir.finish(left)
@@ -428,7 +430,7 @@ def _results(
   data: dataset.Dataset,
   read: dataset.Read,
   measured: Sequence[Measured],
-  costs: inference.CutCosts,
+  costs: Sequence[Mapping[str, float]],
   about: Mapping[str, Any],
 ) -> results.Results:
   """Turns arrays into the rows and the summary of results.json.
@@ -463,7 +465,7 @@ def _results(
     val,
     test,
   )
-  for tap, of_tap in zip(plan.taps, costs.table, strict=True):
+  for tap, of_tap in zip(plan.taps, costs, strict=True):
     base = {"weights": label, "tap": tap}
     rows += [results.row(base, name, value) for name, value in of_tap.items()]
   for row in rows:

@@ -321,7 +321,9 @@ def _blocks(
 
 
 def _ratio(
-  above: np.ndarray, below: np.ndarray, empty: float = np.nan
+  above: np.ndarray | np.floating,
+  below: np.ndarray | np.floating,
+  empty: float = np.nan,
 ) -> np.ndarray:
   """Returns above / below, and `empty` where there is nothing below."""
   return np.divide(

@@ -184,7 +184,7 @@ def chance(targets: npt.ArrayLike, *, multilabel: bool) -> float:
     targets: (N, C) 1, 0 or NaN where unknown.
     multilabel: whether the columns are labels that do not exclude each other.
   """
-  there = np.nansum(targets, axis=0) > 0
+  there = np.nansum(np.asarray(targets), axis=0) > 0
   return 0.5 if multilabel else 1 / max(int(there.sum()), 1)
 
 

@@ -51,7 +51,8 @@ def minimise(
       except np.linalg.LinAlgError:
         return w, step, False
       along = way @ x
-      length = _search(sign, logits, along, ridge @ (w * way), ridge @ way**2)
+      flat, bend = float(ridge @ (w * way)), float(ridge @ way**2)
+      length = _search(sign, logits, along, flat, bend)
       w, logits = w + length * way, logits + length * along
       if abs(length - 1) < 1e-6 and (inside == (sign * logits < 1)).all():
         return w, step, True

@@ -39,7 +39,7 @@ class Conv(nnx.Module):
     *,
     stride: int = 1,
     groups: int = 1,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
   ):
     self.stride = stride
     self.groups = groups
@@ -99,7 +99,9 @@ class BatchNorm(nnx.Module):
   devices hold together.
   """
 
-  def __init__(self, channels: int, *, dtype: jnp.dtype = jnp.float32):
+  def __init__(
+    self, channels: int, *, dtype: jax.typing.DTypeLike = jnp.float32
+  ):
     self.dtype = dtype
     self.scale = nnx.Param(jnp.zeros((channels,)))
     self.bias = nnx.Param(jnp.zeros((channels,)))

@@ -162,7 +162,7 @@ def build(
   *,
   until: str | None = None,
   num_classes: int | None = None,
-  dtype: jnp.dtype = jnp.float32,
+  dtype: jax.typing.DTypeLike = jnp.float32,
   final_relu: bool = True,
   flatten: int | None = None,
   slim_after: str | None = None,

@@ -136,7 +136,7 @@ class Loss:
       return (weights * losses).sum(-1)
     share = self.smoothing / targets.shape[-1]
     targets = targets * (1 - self.smoothing) + share
-    return -(self.weights * targets * jax.nn.log_softmax(logits)).sum(-1)
+    return -(targets * self.weights * jax.nn.log_softmax(logits)).sum(-1)
 
   def weight(self, labels: jax.Array) -> jax.Array:
     """Returns what every image's loss counts in the mean, (N,).

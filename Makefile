@@ -38,7 +38,7 @@ test-all: test test-slow
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet pytest-cov

@@ -9,6 +9,8 @@ import ml_collections
 
 from jaxtransfer import errors
 
+Values = Mapping[str, Any] | ml_collections.ConfigDict
+
 # A clone keeps them at its top, where people look; this is a link to them.
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -123,20 +125,20 @@ def training(config: ml_collections.ConfigDict) -> None:
   config.augment.hue = 0.0  # share of the circle
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Values, prefix: str = "") -> dict[str, Any]:
   """Returns {dotted key: value} of a config.
 
   Args:
     config: a mapping of values and mappings.
     prefix: stands before every key.
   """
-  found: dict[str, Any] = {}
+  values: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
-      found |= flat(value, f"{prefix}{key}.")
+      values |= flat(value, f"{prefix}{key}.")
     else:
-      found[f"{prefix}{key}"] = value
-  return found
+      values[f"{prefix}{key}"] = value
+  return values
 
 
 def written(value: Any) -> str:
@@ -192,14 +194,14 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _value_of(config: Mapping[str, Any], key: str) -> Any:
+def _value_of(config: Values, key: str) -> Any:
   """Returns the value of a key that may lie deeper, such as `data.workers`."""
   for part in key.split("."):
     config = config[part]
   return config
 
 
-def positive(config: Mapping[str, Any], *keys: str) -> None:
+def positive(config: Values, *keys: str) -> None:
   """Checks that integer keys of a config are at least one.
 
   Raises:

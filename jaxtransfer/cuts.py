@@ -247,10 +247,13 @@ def compared(
 
   blocks = [s for s in search if s.stage == "blocks"]
   for method in plan.methods:
-    best = [choose(plan, of, method, tolerance) for of in (blocks, search)]
-    if None in best:
+    coarse = choose(plan, blocks, method, tolerance)
+    fine = choose(plan, search, method, tolerance)
+    if coarse is None or fine is None:
       continue
-    first, last = (plan.units(method, one.cut, began_with) for one in best)
+    first, last = (
+      plan.units(method, one.cut, began_with) for one in (coarse, fine)
+    )
     name, chosen = method.upper(), method == "ttl"
     if first != last:
       add(Row(f"{name}-2", method, last, chosen))

@@ -152,15 +152,15 @@ def extract(
     for label, network in networks.items()
   }
   missing = {label: features.missing() for label, features in extracted.items()}
-  wanted = sorted(set().union(*missing.values()))
+  numbers = sorted(set().union(*missing.values()))
   # What earlier starts of the run could not read counts too.
-  kept = next(iter(extracted.values())).failures(
-    sorted({*range(parts)} - {*wanted})
+  earlier = next(iter(extracted.values())).failures(
+    sorted({*range(parts)} - {*numbers})
   )
-  pipeline.too_many(kept, count, images.max_failures)
-  if not wanted:
+  pipeline.too_many(earlier, count, images.max_failures)
+  if not numbers:
     return extracted
-  chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in wanted]
+  chunks = [images.rows[p * PART_ROWS : (p + 1) * PART_ROWS] for p in numbers]
   rows = np.concatenate(chunks)
   compute = place(images, networks, taps, devices)
   done, started = 0, time.monotonic()
@@ -181,9 +181,9 @@ def extract(
   ):
     outputs = _flat(inference.run(compute, batches, devices), bar)
     for part, chunk, arrays in zip(
-      wanted, chunks, _regroup(outputs, chunks), strict=True
+      numbers, chunks, _regroup(outputs, chunks), strict=True
     ):
-      unreadable = [*kept, *batches.failures]
+      unreadable = [*earlier, *batches.failures]
       pipeline.too_many(unreadable, count, images.max_failures)
       reasons = dict(batches.failures)
       names = [images.examples.names[row] for row in chunk]
@@ -296,7 +296,7 @@ class _Target(io.FileIO):
   def truncate(self, size: int | None = None) -> int:  # noqa: D102
     with self._noted():
       super().truncate(size)
-    return size
+    return self.tell() if size is None else size
 
   @contextlib.contextmanager
   def _noted(self) -> Iterator[None]:
@@ -319,5 +319,5 @@ def _digest(images: Images, network: Network, taps: Sequence[str]) -> str:
   digest.update(json.dumps(settings).encode())
   for name, value in tensors.dump(network).items():
     digest.update(name.encode())
-    digest.update(value)
+    digest.update(value.data)
   return digest.hexdigest()

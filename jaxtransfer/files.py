@@ -137,7 +137,7 @@ def visible(value: Any) -> Any:
       as they are.
   """
   if isinstance(value, str):
-    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], value)
+    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], value)
   if isinstance(value, Mapping):
     return {visible(key): visible(inner) for key, inner in value.items()}
   if isinstance(value, list | tuple):

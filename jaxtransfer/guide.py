@@ -116,7 +116,9 @@ def _keys(given: str) -> list[tuple[str, str, str]]:
     configuration.packaged()[config.job],
     path,
   ):
-    words |= {key: said for key, said in _comments(file).items() if said}
+    words |= {
+      key: comment for key, comment in _comments(file).items() if comment
+    }
   return [
     (key, configuration.written(value), words.get(key, ""))
     for key, value in configuration.flat(config).items()
@@ -132,18 +134,20 @@ def _comments(path: pathlib.Path) -> dict[str, str]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline)
     if token.type == tokenize.COMMENT
   }
-  found = {}
+  explanations = {}
   for node in ast.walk(ast.parse(text)):
     if isinstance(node, ast.Assign):
       name, _, key = ast.unparse(node.targets[0]).partition(".")
       lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
       if name == "config":
-        found[key] = " ".join(comments[n] for n in lines if n in comments)
-  return found
+        explanations[key] = " ".join(
+          comments[n] for n in lines if n in comments
+        )
+  return explanations
 
 
 def _of_keys(keys: Iterable[tuple[str, str, str]]) -> list[str]:
-  return [_entry(f"{key}={value}", said) for key, value, said in keys]
+  return [_entry(f"{key}={value}", words) for key, value, words in keys]
 
 
 def _entry(name: str, words: str, column: int = 32) -> str:
@@ -235,11 +239,11 @@ def _weights(network: str | None = None) -> str:
     if network not in (None, row.network):
       continue
     parts += ["", f"{row.name}: {row.network}"]
-    said = {
+    facts = {
       "source": row.where,
       "licence": row.licence,
       "digest": row.known,
       "note": row.note,
     }
-    parts += [_entry(name, of, 12) for name, of in said.items() if of]
+    parts += [_entry(name, of, 12) for name, of in facts.items() if of]
   return "\n".join(parts)

@@ -139,7 +139,7 @@ class Several(One):
 
     given = {name: os.environ.get(name) for name in _VARIABLES}
     address, count, index = given.values()
-    told = None not in given.values()
+    explicit = None not in given.values()
     # SIGTERM is this program's own affair, see `training.loop`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -147,7 +147,7 @@ class Several(One):
         address,
         None if count is None else int(count),
         None if index is None else int(index),
-        cluster_detection_method="deactivate" if told else None,
+        cluster_detection_method="deactivate" if explicit else None,
         shutdown_timeout_seconds=_PATIENCE,
       )
     except (ValueError, TypeError, RuntimeError) as e:

@@ -47,7 +47,17 @@ class Stopped(Exception):
   """The process was asked to end."""
 
 
-class Batches(Protocol):
+class Fallible(Protocol):
+  """What is read, and what of it could not be."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the place, as JSON values; `failures`, (row, reason), in it."""
+
+  def add_failures(self, failures: Failures) -> None:
+    """Takes up what another process, or an earlier one, could not read."""
+
+
+class Batches(Fallible, Protocol):
   """Batches in some order, of which each process reads a part.
 
   A batch is a dict of arrays (B, ...), `row` and `mask` among them: (B,) ints,
@@ -57,12 +67,6 @@ class Batches(Protocol):
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     """Returns the batches."""
-
-  def get_state(self) -> dict[str, Any]:
-    """Returns the place, as JSON values; `failures`, (row, reason), in it."""
-
-  def add_failures(self, failures: Failures) -> None:
-    """Takes up what another process, or an earlier one, could not read."""
 
 
 class Outputs(NamedTuple):
@@ -110,7 +114,8 @@ def run(
 
   def fetch() -> Outputs:
     about, values = waiting.popleft()
-    return Outputs(*jax.device_get(about), devices.get(values))
+    row, mask = jax.device_get(about)
+    return Outputs(row, mask, devices.get(values))
 
   for batch in batches:
     if stop():
@@ -142,20 +147,20 @@ def read(outputs: Iterator[Outputs]) -> tuple[np.ndarray, Any]:
   return np.concatenate(rows).astype(np.int64), joined
 
 
-def gather_failures(failures: Failures) -> list[list[Any]]:
+def gather_failures(failures: Failures) -> Failures:
   """Returns (row, reason) of what any process could not read."""
   pairs = [pair for part in parallel.all_gather(failures) for pair in part]
-  return [list(pair) for pair in dict(pairs).items()]
+  return list(dict(pairs).items())
 
 
-def share_failures(batches: Batches) -> None:
+def share_failures(batches: Fallible) -> None:
   """Tells every process what any of them could not read."""
   failures = batches.get_state()["failures"]
   batches.add_failures(gather_failures(failures))
 
 
 def compile_forward(
-  graph: nnx.GraphDef,
+  graph: nnx.GraphDef[Network],
   compute: Callable[[Network, jax.Array], Any],
   devices: parallel.Devices,
   mean: Sequence[float],
@@ -357,7 +362,7 @@ def measure_cuts(
   settings += [image_size, batch_size, str(devices)]
   digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
   path = directory / f"cost-{digest}.json"
-  stored = {"memory": None, "rounds": []}
+  stored: dict[str, Any] = {"memory": None, "rounds": []}
   if path.exists():
     stored = json.loads(path.read_text(encoding="utf-8"))
   parts = _Parts(network, taps, mean, std, image_size, devices)

@@ -98,11 +98,16 @@ def _join(job: str) -> hosts.Several:
   return processes
 
 
+def _directory() -> str:
+  """Returns the run's directory; that it is given was checked."""
+  return _WORKDIR.value or ""
+
+
 def _write_failures(failures: Sequence[tuple[str, str]]) -> str:
   """Lists the images that stopped a run, and returns where, in words."""
   if _DRY_RUN.value:
     return ""
-  path = pathlib.Path(_WORKDIR.value) / "failures.csv"
+  path = pathlib.Path(_directory()) / "failures.csv"
   try:
     files.write_csv(path, ("name", "reason"), failures)
   except OSError:
@@ -122,7 +127,7 @@ def _not_compared(config: ml_collections.ConfigDict) -> str | None:
   # Here, so that a mistake in the command line is said at once.
   from jaxtransfer.data import sources, stored_splits
 
-  path = pathlib.Path(_WORKDIR.value) / "splits.json"
+  path = pathlib.Path(_directory()) / "splits.json"
   if not path.exists():
     return f"there is no {path}"
   try:
@@ -139,7 +144,7 @@ def _workdir(
   processes: hosts.One,
 ) -> contextlib.AbstractContextManager[workdir.Workdir]:
   """Takes the workdir; for a dry run, only looks at it."""
-  path, values, shared = _WORKDIR.value, config.to_dict(), job.divides
+  path, values, shared = _directory(), config.to_dict(), job.divides
   if _DRY_RUN.value:
     return contextlib.nullcontext(workdir.look(path, values, shared))
   return workdir.claim(path, values, command, processes, shared)

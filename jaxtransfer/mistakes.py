@@ -154,8 +154,8 @@ def load(given: str) -> ml_collections.ConfigDict:
       if frame.filename == str(path)
     ]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
-    said = (str(e).splitlines() or [""])[0]
-    raise UsageError(f"{where}: {type(e).__name__}: {said}") from None
+    reason = (str(e).splitlines() or [""])[0]
+    raise UsageError(f"{where}: {type(e).__name__}: {reason}") from None
   if not isinstance(config, ml_collections.ConfigDict) or "job" not in config:
     raise UsageError(
       f"{path}: get_config must return a ConfigDict with a key job; see"
@@ -173,32 +173,32 @@ def written_out(arguments: Sequence[str]) -> list[str]:
   Args:
     arguments: without the program's name.
   """
-  found: list[str] = []
+  texts: list[str] = []
   for argument in arguments:
     name, equals, value = argument.partition("=")
     if name in ("--config", "-config") and equals:
       argument = f"{name}={configuration.resolve(value)}"
-    elif found and found[-1] in ("--config", "-config"):
+    elif texts and texts[-1] in ("--config", "-config"):
       argument = configuration.resolve(argument)
     elif name == "--config.data" and equals:
       argument = f"--config.data.source={value}"
-    found.append(argument)
-  return found
+    texts.append(argument)
+  return texts
 
 
 def named(argv: Sequence[str]) -> str | None:
   """Returns the value of --config, None where it is not there."""
   for i, argument in enumerate(argv):
-    found = re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL)
-    if found:
-      return found[2] if found[1] else "".join(argv[i + 1 : i + 2])
+    match = re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL)
+    if match:
+      return match[2] if match[1] else "".join(argv[i + 1 : i + 2])
   return None
 
 
 def _overrides(argv: Sequence[str]) -> list[str]:
   """Returns the key of every --config.key=value."""
-  found = [re.match(r"--?(?:no)?config\.([^=]+)", text) for text in argv]
-  return [match[1] for match in found if match]
+  matches = [re.match(r"--?(?:no)?config\.([^=]+)", text) for text in argv]
+  return [match[1] for match in matches if match]
 
 
 def _other_file(path: pathlib.Path, argument: Sequence[str]) -> str:
@@ -235,12 +235,12 @@ def _flag(argv: Sequence[str], name: str) -> str:
 
 def _unknown(key: str, config: ml_collections.ConfigDict) -> str:
   """Says of a key that the config has not which one may have been meant."""
-  said = f"the config has no key {key}"
+  message = f"the config has no key {key}"
   if key in _WORKDIR_CALLED:
-    return f"{said}; did you mean the flag --workdir?"
+    return f"{message}; did you mean the flag --workdir?"
   keys = configuration.flat(config)
   if (new := configuration.RENAMED.get(key)) in keys:
-    return f"{said} any more: it is called {new} now"
+    return f"{message} any more: it is called {new} now"
   others = {
     job: configuration.flat(load(str(configuration.packaged()[job])))
     for job in jobs.JOBS
@@ -253,14 +253,15 @@ def _unknown(key: str, config: ml_collections.ConfigDict) -> str:
     (_near(key, keys), _near(key, elsewhere)),
   ):
     if of_this:
-      return f"{said}; did you mean {of_this}?"
+      return f"{message}; did you mean {of_this}?"
     if other:
       having = [job for job, of_job in others.items() if other in of_job]
       it = "it" if other == key else other
       return (
-        f"{said}: {it} is a key of {' and '.join(having)}, not of {config.job}"
+        f"{message}: {it} is a key of {' and '.join(having)}, not of"
+        f" {config.job}"
       )
-  return f"{said}; jaxtransfer --help {config.job} lists its keys"
+  return f"{message}; jaxtransfer --help {config.job} lists its keys"
 
 
 def _meant(key: str, known: Iterable[str]) -> str:
@@ -298,11 +299,13 @@ def _wrong(key: str, value: str, keys: Mapping[str, Any]) -> str:
   """Says what kind of value a key takes, in place of one it does not take."""
   if value.startswith("--"):
     return f"--config.{key} has no value; give it as --config.{key}=VALUE"
-  said = f"config.{key} is {value!r}"
+  message = f"config.{key} is {value!r}"
   if key not in keys:
     inner = [k for k in keys if k.startswith(f"{key}.")]
     meant = _KEY_CALLED.get(key, f"{key}.name")
     near = f"; did you mean config.{meant}?" if meant in inner else ""
-    return f"{said}, but it is a group of keys ({', '.join(inner)}){near}"
+    return f"{message}, but it is a group of keys ({', '.join(inner)}){near}"
   kind = _VALUES.get(type(keys[key]), "text")
-  return f"{said}; it must be {kind}, e.g. {configuration.written(keys[key])}"
+  return (
+    f"{message}; it must be {kind}, e.g. {configuration.written(keys[key])}"
+  )

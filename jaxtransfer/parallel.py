@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from jaxtransfer import errors, files
 from jaxtransfer.data import pipeline
@@ -248,7 +249,7 @@ class Devices:
       return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
     return tree
 
-  def compile(self, function: Callable[[Any, Any], Any]) -> Callable:
+  def compile(self, function: Callable[[Any, Any], Any]) -> Wrapped:
     """Compiles `function(state, batch)` for replicated state, split batch.
 
     Args:
@@ -265,7 +266,7 @@ class Devices:
       out_shardings=self._replicated if self._several else self._sharded,
     )
 
-  def compile_step(self, function: Callable[[Any, Any], Any]) -> Callable:
+  def compile_step(self, function: Callable[[Any, Any], Any]) -> Wrapped:
     """Compiles `function(state, batch) -> (state, metrics)`, one training step.
 
     With jit as with pmap every device runs the function on its own part of the

@@ -266,8 +266,8 @@ def tell(
   for number, data in enumerate(divisions):
     lines += ["", f"Fold {number}:" if len(divisions) > 1 else "Splits:"]
     lines += _splits(data)
-  said = [note for data in divisions for note in data.notes] + list(notes)
-  lines += ["", *dict.fromkeys(said)] if said else []
+  remarks = [note for data in divisions for note in data.notes] + list(notes)
+  lines += ["", *dict.fromkeys(remarks)] if remarks else []
   there = path.absolute()
   while not there.exists():
     there = there.parent
@@ -306,7 +306,9 @@ def _splits(data: Dataset) -> list[str]:
     table.append((name, *(f"{int(of[c]):,}" for of in of_classes.values())))
   table.append(("images", *(f"{len(r):,}" for r in data.rows.values())))
   if data.examples.groups is not None:
-    groups = (len(set(data.groups_of(rows))) for rows in data.rows.values())
+    groups = (
+      len(set(data.groups_of(rows) or ())) for rows in data.rows.values()
+    )
     table.append(("groups", *(f"{count:,}" for count in groups)))
   width = min(40, max(len(row[0]) for row in table))
   return [

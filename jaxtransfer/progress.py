@@ -118,10 +118,10 @@ class Progress:
 
   def _line(self, words: str) -> None:
     self._told = time.monotonic()
-    left = (self._total or 0) - self._done
-    if self._begun is not None and left > 0:
+    remaining = (self._total or 0) - self._done
+    if self._begun is not None and remaining > 0:
       started, before = self._begun
       if self._done > before:
-        seconds = (self._told - started) / (self._done - before) * left
+        seconds = (self._told - started) / (self._done - before) * remaining
         words += f"; {duration(seconds)} left"
     print(f"{self._what}: {words}", flush=True)

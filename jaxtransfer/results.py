@@ -5,7 +5,7 @@ jobs fill these types, pages read them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, SupportsFloat, TypedDict, cast
 
 from jaxtransfer import files
 from jaxtransfer.measure import evaluation, operating
@@ -442,8 +442,8 @@ def metric_name(name: Any) -> str:
 def row(
   base: Mapping[str, Any],
   metric: str,
-  value: Number,
-  interval: Sequence[Number] | None = None,
+  value: SupportsFloat | None,
+  interval: Sequence[SupportsFloat | None] | None = None,
 ) -> Row:
   """Returns one row of `measurements`.
 
@@ -455,7 +455,7 @@ def row(
   """
   low, high = (None, None) if interval is None else interval
   numbers = {"value": value, "low": low, "high": high}
-  return {
+  columns: dict[str, Any] = {
     **dict.fromkeys(COLUMNS),
     **base,
     "metric": metric,
@@ -464,6 +464,7 @@ def row(
       for name, number in numbers.items()
     },
   }
+  return Row(**columns)
 
 
 def score(of: evaluation.Score) -> Score:
@@ -475,7 +476,7 @@ def score(of: evaluation.Score) -> Score:
       sd=of.deviation,
       low=low,
       high=high,
-      values=list(of.values),
+      values=[*of.values],
     )
   )
 
@@ -488,7 +489,7 @@ def difference(of: evaluation.Difference) -> Difference:
 def missed(classes: Sequence[evaluation.Missed]) -> list[Missed]:
   """Returns classes that are hardly found."""
   fields = [of._asdict() for of in classes]
-  return [{"class": of.pop("name"), **of} for of in fields]
+  return [Missed(**{"class": of.pop("name"), **of}) for of in fields]
 
 
 def points(of: Sequence[evaluation.Operating]) -> list[Point]:
@@ -580,10 +581,28 @@ def confusion(of: evaluation.Evaluation) -> list[list[int]] | None:
 
 def reliability(of: evaluation.Evaluation) -> Reliability:
   """Returns the reliability diagrams."""
-  return {
-    name: {
-      key: files.finite(values.tolist())
-      for key, values in diagram._asdict().items()
+  return Reliability(
+    **{
+      name: Diagram(
+        **{
+          key: files.finite(values.tolist())
+          for key, values in diagram._asdict().items()
+        }
+      )
+      for name, diagram in of.reliability.items()
     }
-    for name, diagram in of.reliability.items()
-  }
+  )
+
+
+def curves(of: evaluation.Evaluation) -> Curves:
+  """Returns how a network ranks; `measure` has it in the same words."""
+  return cast(Curves, of.curves)
+
+
+def epochs(records: Sequence[Mapping[str, Any]]) -> list[Epoch]:
+  """Returns the epochs of a training.
+
+  Args:
+    records: the lines of metrics.jsonl that end them.
+  """
+  return [Epoch(**record) for record in records]

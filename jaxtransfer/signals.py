@@ -16,7 +16,7 @@ SAID = {
   INTERRUPTED: "interrupted; the same command resumes",
   PREEMPTED: "preempted; the same command resumes",
 }
-CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+CODES: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 
 
 def end_at_signals() -> None:
@@ -73,6 +73,6 @@ def _ask_again(ignored: Any) -> None:
   # When it is over; this function too is called in the middle of it.
   import threading
 
-  again = threading.Timer(0.01, os.kill, (os.getpid(), number))
-  again.daemon = True
-  again.start()
+  repeat = threading.Timer(0.01, os.kill, (os.getpid(), number))
+  repeat.daemon = True
+  repeat.start()

@@ -51,17 +51,22 @@ class Units:
       return None
     return json.loads(text)
 
+  def done(self, unit: Named) -> dict[str, Any]:
+    """Returns what a unit that is done came to."""
+    path = self.directory(unit) / "done.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
   def records(self, pattern: str) -> dict[str, list[dict[str, Any]]]:
     """Returns name -> JSON files of that unit, of all there are.
 
     Args:
       pattern: of the files' names.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(self.path.glob(f"*/{pattern}")):
       record = json.loads(path.read_text(encoding="utf-8"))
-      found.setdefault(path.parent.name, []).append(record)
-    return found
+      records.setdefault(path.parent.name, []).append(record)
+    return records
 
   def log(self, unit: Named) -> list[dict[str, Any]]:
     """Returns the lines of a unit's metrics.jsonl so far."""
@@ -94,14 +99,14 @@ class Units:
       work: does one, and leaves its file; it is given `stop_after` too.
       stop_after: epochs after which a unit may pause.
     """
-    left = list(dict.fromkeys(units))
-    while left:
+    rest = list(dict.fromkeys(units))
+    while rest:
       worked = False
-      for unit in list(left):
+      for unit in list(rest):
         if self.state(unit, stop_after) == "open":
           path = self.directory(unit) / ".lock"
-          with files.lock(path, wait=False) as taken:
-            if not taken:
+          with files.lock(path, wait=False) as lock:
+            if not lock:
               continue
             if self.state(unit, stop_after) == "open":
               work(unit, stop_after)
@@ -111,6 +116,6 @@ class Units:
           directory = self.directory(unit)
           shutil.rmtree(directory / "checkpoints", ignore_errors=True)
           (directory / "paused.json").unlink(missing_ok=True)
-        left.remove(unit)
-      if left and not worked:
+        rest.remove(unit)
+      if rest and not worked:
         time.sleep(_LOOK)

@@ -312,11 +312,11 @@ def _refuse_other(path: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
+  versions = {"python": platform.python_version()}
   for package in _PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[package] = importlib.metadata.version(package)
-  return found
+      versions[package] = importlib.metadata.version(package)
+  return versions
 
 
 def _commit() -> str | None:

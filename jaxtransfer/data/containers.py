@@ -193,7 +193,7 @@ def png(file: BinaryIO, max_pixels: int) -> Pixels:
   check_size(width, height, max_pixels)
   if depth == 16 and colour == 4:
     raise ImageError(f"16-bit grey with alpha: {RANGE_FIRST}")
-  kept, exif, xmp = [data[:8]], b"", b""
+  chunks, exif, xmp = [data[:8]], b"", b""
   at = 8
   while at < len(data):
     length = int.from_bytes(data[at : at + 4], "big")
@@ -201,7 +201,7 @@ def png(file: BinaryIO, max_pixels: int) -> Pixels:
     body = data[at + 8 : end - 4]
     # A lower letter: what a decoder may leave out. One of them is pixels too.
     if kind[:1].isupper() or kind == b"tRNS":
-      kept.append(data[at:end])
+      chunks.append(data[at:end])
     elif kind == b"eXIf":
       exif = body
     elif kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -214,7 +214,7 @@ def png(file: BinaryIO, max_pixels: int) -> Pixels:
       break
     at = end
   turned = tags.orientation(exif.removeprefix(b"Exif\0\0"), xmp)
-  return Pixels("PNG", b"".join(kept), turned)
+  return Pixels("PNG", b"".join(chunks), turned)
 
 
 def _text(kind: bytes, body: bytes) -> bytes:
@@ -262,7 +262,7 @@ def jpeg(file: BinaryIO, max_pixels: int) -> Pixels:
     ImageError: it cannot be used.
   """
   data = file.read()
-  kept, exif, xmp = [data[:2]], b"", b""
+  segments, exif, xmp = [data[:2]], b"", b""
   at, size = 2, None
   while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
     marker = data[at + 1]
@@ -270,7 +270,7 @@ def jpeg(file: BinaryIO, max_pixels: int) -> Pixels:
       at += 1
       continue
     if marker in (0xD9, 0xDA):
-      kept.append(data[at:])
+      segments.append(data[at:])
       break
     length = int.from_bytes(data[at + 2 : at + 4], "big")
     if marker in _WITHOUT_BODY or length < 2:
@@ -283,19 +283,19 @@ def jpeg(file: BinaryIO, max_pixels: int) -> Pixels:
       xmp = body
     elif marker == 0xE0 and body.startswith(b"JFIF\0"):
       # Both say which colours these are; no other word of theirs is needed.
-      kept.append(
+      segments.append(
         b"\xff\xe0\0\x10JFIF\0\x01\x01\0" + struct.pack(">HHBB", 1, 1, 0, 0)
       )
     elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
-      kept.append(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + body[11:12])
+      segments.append(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + body[11:12])
     elif not 0xE0 <= marker <= 0xEF and marker != 0xFE:
-      kept.append(data[at : at + 2 + length])
+      segments.append(data[at : at + 2 + length])
     if marker in _FRAMES and len(body) >= 6:
       size = _check_frame(marker, body, max_pixels)
     at += 2 + length
   if size is None:
     raise ImageError("damaged image: a JPEG without its header")
-  return Pixels("JPEG", b"".join(kept), tags.orientation(exif, xmp))
+  return Pixels("JPEG", b"".join(segments), tags.orientation(exif, xmp))
 
 
 def _check_frame(marker: int, body: bytes, max_pixels: int) -> tuple[int, int]:
@@ -321,7 +321,7 @@ def webp(file: BinaryIO, max_pixels: int) -> Pixels:
     ImageError: it cannot be used.
   """
   data = file.read()
-  kept, exif, xmp, size = [], b"", b"", None
+  chunks, exif, xmp, size = [], b"", b"", None
   at = 12
   while at + 8 <= len(data):
     kind = data[at : at + 4]
@@ -336,23 +336,25 @@ def webp(file: BinaryIO, max_pixels: int) -> Pixels:
     elif kind == b"VP8X" and len(body) >= 10:
       # The profile, EXIF and XMP that it announces are gone.
       body = bytes([body[0] & ~0x2C]) + body[1:]
-      kept.append(chunk[:8] + body)
+      chunks.append(chunk[:8] + body)
     elif kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"):
-      kept.append(chunk)
+      chunks.append(chunk)
     size = size or _webp_size(kind, body)
     at = end
   if size is None:
     raise ImageError("damaged image: a WebP without its header")
   check_size(*size, max_pixels)
-  whole = b"WEBP" + b"".join(kept)
+  whole = b"WEBP" + b"".join(chunks)
   riff = b"RIFF" + struct.pack("<I", len(whole)) + whole
   return Pixels("WEBP", riff, tags.orientation(exif, xmp))
 
 
 def _webp_size(kind: bytes, body: bytes) -> tuple[int, int] | None:
   if kind == b"VP8X" and len(body) >= 10:
-    sides = (body[4:7], body[7:10])
-    return tuple(int.from_bytes(side, "little") + 1 for side in sides)
+    width, height = (
+      int.from_bytes(side, "little") + 1 for side in (body[4:7], body[7:10])
+    )
+    return width, height
   if kind == b"VP8 " and len(body) >= 10:
     width, height = struct.unpack("<HH", body[6:10])
     return width & 0x3FFF, height & 0x3FFF

@@ -181,7 +181,7 @@ def open_divisions(
   """
   check_splits(path)
   examples = sources.open_source(config.data)
-  multilabel = config.get("multilabel", False)
+  multilabel = bool(config.get("multilabel", False))
   names, targets = labelling.read_targets(examples.classes, multilabel)
   if len(names) < 2 - multilabel:
     other = ", or one with config.multilabel" * ("multilabel" in config)
@@ -190,7 +190,7 @@ def open_divisions(
     )
   thresholds = evaluation.Thresholds(
     positive_classes(config, names),
-    config.get("sensitivities", ()),
+    config.get("sensitivities") or (),
     config.get("prevalence") or None,
   )
   every_class = not multilabel
@@ -343,7 +343,7 @@ def what_was_read(
     counted = {"each tested once": tested}
   groups = None
   if first.examples.groups is not None:
-    groups = {s: len(set(first.groups_of(r))) for s, r in counted.items()}
+    groups = {s: len(set(first.groups_of(r) or ())) for s, r in counted.items()}
   stale = {note for one in divisions for note in one.holdings()}
   notes = [note for note in first.notes if note not in stale]
   notes += [note for one in read for note in one.holdings()]

@@ -73,6 +73,8 @@ def decode(
   # reader of uncompressed TIFFs mixes up planes of 16 bits, which libtiff's
   # does not. Set here, for whichever process and whoever set them before.
   Image.MAX_IMAGE_PIXELS = None
+  # Pillow gives it no type: it is read off as one that is False for ever.
+  # pyrefly: ignore[bad-assignment]
   TiffImagePlugin.READ_LIBTIFF = True
   try:
     is_bytes = isinstance(source, bytes)
@@ -133,7 +135,7 @@ def _to_rgb(pixels: containers.Pixels) -> Image.Image:
     if image.mode == "La":
       image = image.convert("LA")
     image = image.convert("RGBA")
-    if image.getextrema()[3][1] == 0:
+    if image.getchannel("A").getextrema()[1] == 0:
       raise ImageError("fully transparent")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")

@@ -33,25 +33,25 @@ def read_targets(
   if not multilabel:
     return list(classes), np.eye(len(classes), dtype=np.float32)
   parsed = [_parse(label) for label in classes]
-  names = sorted({name for found in parsed for name in found})
+  names = sorted({name for marks in parsed for name in marks})
   targets = np.zeros((len(classes), len(names)), np.float32)
-  for row, found in enumerate(parsed):
-    for name, value in found.items():
+  for row, marks in enumerate(parsed):
+    for name, value in marks.items():
       targets[row, names.index(name)] = value
   return names, targets
 
 
 def _parse(label: str) -> dict[str, float]:
-  found: dict[str, float] = {}
+  marks: dict[str, float] = {}
   if label.strip() == _NONE:
-    return found
+    return marks
   for part in label.split(";"):
     name = part.strip().removeprefix(_UNKNOWN).strip()
-    if not name or name in found:
+    if not name or name in marks:
       raise UsageError(
         f"label {label!r} {'names ' + name + ' twice' if name else 'has a gap'}"
         "; with config.multilabel it is names with ';' between, '?' before an"
         " unknown one, or '-' for none"
       )
-    found[name] = np.nan if part.strip().startswith(_UNKNOWN) else 1.0
-  return found
+    marks[name] = np.nan if part.strip().startswith(_UNKNOWN) else 1.0
+  return marks

@@ -56,17 +56,18 @@ def read(path: pathlib.Path, task: str = "") -> Manifest:
   _check_splits(path, lines, columns["split"])
   _check_duplicates(path, lines, columns)
   about = naming.alike("tasks", columns["task"] or ())
-  kept = _of_task(path, len(lines), columns["task"], task)
-  if len(kept) < len(lines):
+  rows = _of_task(path, len(lines), columns["task"], task)
+  if len(rows) < len(lines):
     about.append(
-      f"{len(kept):,} of {len(lines):,} rows are of task {task}; the others are"
+      f"{len(rows):,} of {len(lines):,} rows are of task {task}; the others are"
       " not used"
     )
     columns = {
-      name: values and _filled([values[i] for i in kept])
+      name: values and _filled([values[i] for i in rows])
       for name, values in columns.items()
     }
-  names = columns["path"]
+  # These two are never empty.
+  names, labels = columns["path"] or [], columns["label"] or []
   _check_there(path, names)
   if written := sum("\\" in name for name in names):
     about.append(
@@ -79,7 +80,7 @@ def read(path: pathlib.Path, task: str = "") -> Manifest:
   about += about_groups
   return Manifest(
     names=names,
-    labels=columns["label"],
+    labels=labels,
     groups=groups,
     slides=columns["slide"],
     splits=columns["split"],
@@ -104,8 +105,8 @@ def respelled(root: str, name: str) -> str | None:
   if name.isascii() and "\\" not in name:
     return None
   spellings = dict.fromkeys((name, name.replace("\\", "/")))
-  found = (_walk(root, pathlib.PurePosixPath(s).parts) for s in spellings)
-  return next((path for path in found if path is not None), None)
+  paths = (_walk(root, pathlib.PurePosixPath(s).parts) for s in spellings)
+  return next((path for path in paths if path is not None), None)
 
 
 def _walk(path: str, parts: Sequence[str]) -> str | None:
@@ -116,9 +117,9 @@ def _walk(path: str, parts: Sequence[str]) -> str | None:
   for form in dict.fromkeys(forms):
     inside = os.path.join(path, form)
     if os.path.exists(inside):
-      found = _walk(inside, parts[1:])
-      if found is not None:
-        return found
+      path_inside = _walk(inside, parts[1:])
+      if path_inside is not None:
+        return path_inside
   return None
 
 
@@ -190,13 +191,14 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
     # utf-8-sig: spreadsheets put a byte-order mark before the first column.
     with open(path, newline="", encoding="utf-8-sig") as f:
       reader = csv.reader(f, strict=True)
-      for row in reader:
-        if any(cell.strip() for cell in row):
-          yield reader.line_num, row
+      try:
+        for row in reader:
+          if any(cell.strip() for cell in row):
+            yield reader.line_num, row
+      except csv.Error as e:
+        raise UsageError(f"{path}, line {reader.line_num}: {e}") from e
   except UnicodeDecodeError as e:
     raise UsageError(f"{path}: not UTF-8 text ({e}); save it as UTF-8") from e
-  except csv.Error as e:
-    raise UsageError(f"{path}, line {reader.line_num}: {e}") from e
   except OSError as e:
     raise UsageError(f"{path}: {e.strerror}") from e
 
@@ -218,7 +220,7 @@ def _check_duplicates(
   columns: dict[str, list[str] | None],
 ) -> None:
   """One image may serve several tasks, but only once each."""
-  names, tasks = columns["path"], columns["task"]
+  names, tasks = columns["path"] or [], columns["task"]
   root = os.path.abspath(path.parent)
   seen: dict[tuple[str, str], int] = {}
   for row, name in enumerate(names):
@@ -237,8 +239,8 @@ def _check_duplicates(
 def _file(root: str, name: str) -> str:
   """Returns the normal path of the file that a name stands for."""
   exact = os.path.join(root, name)
-  found = exact if os.path.exists(exact) else respelled(root, name)
-  return os.path.normpath(found or exact)
+  file = exact if os.path.exists(exact) else respelled(root, name)
+  return os.path.normpath(file or exact)
 
 
 def _of_task(
@@ -287,10 +289,10 @@ def _groups(
 
   A slide is of one patient, so that rows of one slide are never divided.
   """
-  if groups is None and slides is None:
-    return None, []
   notes = []
   if groups is None:
+    if slides is None:
+      return None, []
     notes.append("no column group (patient) is filled; slides are the groups")
     groups = slides
   slides = slides or [""] * len(names)
@@ -309,13 +311,13 @@ def _groups(
       " divided: right where slides are numbered anew in each group or hold"
       " several patients; else images of one slide may be trained and tested on"
     )
-  found, of_slide, alone = [], 0, 0
+  of_rows, of_slide, alone = [], 0, 0
   for name, group, slide in zip(names, groups, slides, strict=True):
     if not group:
       of_slide, alone = of_slide + bool(slide), alone + (not slide)
       known = list(owners.get(slide, ()))
       group = known[0] if len(known) == 1 else f"ungrouped:{slide or name}"
-    found.append(group)
+    of_rows.append(group)
   count = f"of {len(names):,} rows name"
   if of_slide:
     notes.append(f"{of_slide:,} {count} no group; their slide decides it")
@@ -324,4 +326,4 @@ def _groups(
     notes.append(
       f"{alone:,} {count} no {missing}; each is taken as a group of its own"
     )
-  return found, notes
+  return of_rows, notes

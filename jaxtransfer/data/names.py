@@ -60,16 +60,16 @@ def alike(what: str, values: Iterable[str]) -> list[str]:
   by_look: dict[str, list[str]] = {}
   for name in counts:
     by_look.setdefault(_look(name), []).append(name)
-  found = [
+  clusters = [
     shown([f"{_visible(name)} ({counts[name]:,} images)" for name in names])
     for names in by_look.values()
     if len(names) > 1
   ]
-  if not found:
+  if not clusters:
     return []
   return [
     f"{what} that differ only in capitals, blanks, hyphens, leading zeros or"
-    f" Unicode form are kept apart: {shown(found, between='; ')}. Where they"
+    f" Unicode form are kept apart: {shown(clusters, between='; ')}. Where they"
     " mean the same, write them the same."
   ]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -105,9 +105,8 @@ class Batches(grain.DatasetIterator):
     if self._next >= len(self._reader):
       self._stop()
       raise StopIteration
-    if self._source is None:
-      self._start()
-    batch = next(self._source)
+    source = self._start() if self._source is None else self._source
+    batch = next(source)
     self._next += 1
     self._unreadable.update(batch.pop("failures"))
     return batch
@@ -115,7 +114,7 @@ class Batches(grain.DatasetIterator):
   def __enter__(self) -> "Batches":
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     self.close()
 
   @property
@@ -157,12 +156,13 @@ class Batches(grain.DatasetIterator):
     self._stop()
     self._closed = True
 
-  def _start(self) -> None:
+  def _start(self) -> grain.DatasetIterator:
     self._running.add(self)
+    source: grain.sources.RandomAccessDataSource[dict[str, Any]]
     if self._workers:
       count = min(self._workers, len(self) - self._next)
-      self._processes = _Processes(self._reader, count)
-      source, threads = self._processes, count
+      source = self._processes = _Processes(self._reader, count)
+      threads = count
     else:
       # Two batches in the making, so that no thread waits for the slowest
       # image of one.
@@ -176,6 +176,7 @@ class Batches(grain.DatasetIterator):
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
       )
     )
+    return self._source
 
   def _stop(self) -> None:
     self._running.discard(self)
@@ -237,14 +238,14 @@ class _Processes:
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, number: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     process, pipe, reader = self._idle.get()
     try:
       # Sent from here and not when the process begins, because that waits
       # until it reads; so do all begin at once.
       if reader is not None:
         pipe.send(reader)
-      pipe.send(number)
+      pipe.send(index)
       result = pipe.recv()
     except (EOFError, OSError):
       if not self._closing:
@@ -294,8 +295,30 @@ def _interrupts_deferred() -> Iterator[None]:
       signal.raise_signal(signal.SIGINT)
 
 
+class Source(Protocol):
+  """Batches in a fixed order, whose place in it can be kept and restored."""
+
+  def __len__(self) -> int:
+    """Returns how many there are."""
+
+  def __next__(self) -> reading.Batch:
+    """Returns the next batch: this process's part of it."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the place in the order, as JSON values."""
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to where `get_state` was called."""
+
+  def start_prefetch(self) -> None:
+    """Begins to read, before the first batch is asked for."""
+
+  def close(self) -> None:
+    """Ends whatever reads."""
+
+
 def prefetch(
-  source: Batches, put: Callable[[reading.Batch], Any], depth: int = 2
+  source: Source, put: Callable[[reading.Batch], Any], depth: int = 2
 ) -> "Prefetched":
   """Sends batches to devices before they are asked for.
 
@@ -317,7 +340,7 @@ class Prefetched(grain.DatasetIterator):
   """The iterator that `prefetch` makes."""
 
   def __init__(
-    self, source: Batches, put: Callable[[reading.Batch], Any], depth: int
+    self, source: Source, put: Callable[[reading.Batch], Any], depth: int
   ):
     super().__init__()
     self._source = source

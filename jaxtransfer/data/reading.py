@@ -58,11 +58,11 @@ class Reader:
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, number: int) -> dict[str, Any]:
-    epoch, step = divmod(number, self._per_epoch)
-    index, count = self._shard
-    local = self._batch_size // count
-    start = step * self._batch_size + index * local
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    epoch, step = divmod(index, self._per_epoch)
+    part, parts = self._shard
+    local = self._batch_size // parts
+    start = step * self._batch_size + part * local
     rows = self._order(epoch)[start : start + local]
     batch = {
       "image": np.zeros((local, self._image_size, self._image_size, 3), "u1"),

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from jaxtransfer.data import images, manifests, tissue
+from jaxtransfer.data import images, manifests
 from jaxtransfer.data import names as naming
 from jaxtransfer.errors import MissingSourceError, UsageError
 
@@ -152,18 +152,18 @@ class _Files(Examples):
       return _hash(self._max_pixels, pool.map(self._stats, chunks))
 
   def _stats(self, names: list[str]) -> list[tuple[str, int, int]]:
-    found = []
+    stats = []
     for name in names:
       path = os.path.join(self._root, name)
       stat = _stat(path) or _stat(manifests.respelled(self._root, name))
-      size_and_time = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
-      found.append((name, *size_and_time))
-    return found
+      size, time = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
+      stats.append((name, size, time))
+    return stats
 
 
 def _stat(path: str | None) -> os.stat_result | None:
   try:
-    return path and os.stat(path)
+    return os.stat(path) if path else None
   except OSError:
     return None
 
@@ -235,22 +235,22 @@ def _open_folder(root: pathlib.Path, max_pixels: int) -> Examples:
     folders, *files = _listing(root / prefix)
     beside += _kinds(*files)
     for label in folders if prefix in prefixes else ():
-      inside, found, others = _listing(root / prefix / label)
-      if inside and not found:
+      inside, image_names, others = _listing(root / prefix / label)
+      if inside and not image_names:
         raise UsageError(
           f"{root / prefix / label}: folders where images should be; the"
           " layout is <class>/<image> or <split>/<class>/<image>; for any"
           " other write a manifest.csv"
         )
       kinds = _kinds(others, folders=inside)
-      if found:
+      if image_names:
         ignored += kinds
       else:
         empty[prefix + label] = _said(kinds) or "empty"
-      names.extend(f"{prefix}{label}/{n}" for n in found)
-      labels.extend([label] * len(found))
+      names.extend(f"{prefix}{label}/{n}" for n in image_names)
+      labels.extend([label] * len(image_names))
       if by_split:
-        splits.extend([_SPLIT_NAMES[prefix[:-1]]] * len(found))
+        splits.extend([_SPLIT_NAMES[prefix[:-1]]] * len(image_names))
   left_out = _left_out(set(labels), empty, beside, ignored)
   if not names:
     raise UsageError(
@@ -291,10 +291,10 @@ def _left_out(
   """
   lines = []
   if empty:
-    told = [f"{name} ({what})" for name, what in empty.items()]
+    folders = [f"{name} ({what})" for name, what in empty.items()]
     gone = sorted({pathlib.PurePath(name).name for name in empty} - labels)
     lines.append(
-      f"no image in {naming.shown(told, 5)}"
+      f"no image in {naming.shown(folders, 5)}"
       + (f", so no class {naming.shown(gone, 5)}" if gone else "")
     )
   if beside:
@@ -312,15 +312,15 @@ def _left_out(
 
 def _listing(path: pathlib.Path) -> tuple[list[str], list[str], list[str]]:
   """Returns folders, images and other files of a folder, none hidden."""
-  folders, found, others = [], [], []
+  folders, image_names, others = [], [], []
   with os.scandir(path) as entries:
     for entry in entries:
       if entry.name.startswith(".") or entry.name == "manifest.csv":
         continue
       is_image = pathlib.PurePath(entry.name).suffix.lower() in SUFFIXES
-      kind = folders if entry.is_dir() else found if is_image else others
+      kind = folders if entry.is_dir() else image_names if is_image else others
       kind.append(entry.name)
-  return sorted(folders), sorted(found), sorted(others)
+  return sorted(folders), sorted(image_names), sorted(others)
 
 
 def _kinds(
@@ -452,7 +452,8 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # it warns of what we report ourselves
   try:
-    builder = tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
+    options: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
+    builder = tfds.builder(name, **options)
     prepared = builder.is_prepared()
   except tfds.core.DatasetNotFoundError:
     raise MissingSourceError(
@@ -508,7 +509,11 @@ def _open_synthetic(name: str, image_size: int) -> Examples:
   kind, _, task = path.partition("/")
   if kind != "tissue":
     raise UsageError(f"synthetic:{name}: the one there is synthetic:tissue")
-  options = {"size": image_size}
+  # It imports `Examples`, which its tiles are.
+  from jaxtransfer.data import tissue
+
+  options: dict[str, Any] = {"task": task} if task else {}
+  options["size"] = image_size
   for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
     if key not in ("patients", "tiles_per_patient", "size", "seed"):
       raise UsageError(
@@ -518,4 +523,4 @@ def _open_synthetic(name: str, image_size: int) -> Examples:
     if not value.isdecimal():
       raise UsageError(f"synthetic:{name}: {key} is {value!r}, not a number")
     options[key] = int(value)
-  return tissue.open_tissue(**({"task": task} if task else {}), **options)
+  return tissue.open_tissue(**options)

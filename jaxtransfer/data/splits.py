@@ -47,7 +47,7 @@ def make_splits(
     UsageError: fractions that are no fractions, or a given split without a
       train.
   """
-  wanted = dict(zip(SPLITS, fractions, strict=False))
+  share_of = dict(zip(SPLITS, fractions, strict=False))
   if (
     len(fractions) != len(SPLITS)
     or min(fractions) < 0
@@ -70,11 +70,11 @@ def make_splits(
         "no row of the given splits is train; give some or give none"
       )
   carved = ["train"] + [n for n in SPLITS[1:] if not len(splits[n])]
-  shares = np.array([wanted[name] for name in carved])
+  shares = np.array([share_of[name] for name in carved])
   rows = splits["train"]
   part = _divide(
     labels[rows],
-    None if groups is None else [groups[row] for row in rows],
+    None if groups is None else [groups[row] for row in rows.tolist()],
     shares / shares.sum(),
     seed,
   )
@@ -231,12 +231,12 @@ def few_shot(
   """
   rng = np.random.default_rng(seed)
   rows = rng.permutation(np.sort(np.asarray(rows, np.int64)))
-  taken: collections.Counter[tuple[int, str]] = collections.Counter()
+  counts: collections.Counter[tuple[int, str]] = collections.Counter()
   turn = np.zeros(len(rows), np.int64)  # the how-manieth of its group and class
   for i, row in enumerate(rows.tolist()):
     key = (int(labels[row]), groups[row] if groups is not None else str(row))
-    turn[i] = taken[key]
-    taken[key] += 1
+    turn[i] = counts[key]
+    counts[key] += 1
   classes = np.asarray(labels)[rows]
   order = np.lexsort((turn, classes))
   rows, classes = rows[order], classes[order]
@@ -489,12 +489,12 @@ def _check_disjoint(
           f" (row {first + 1}, {names[first]}; row {row + 1}, {names[row]})"
         )
   if shared:
-    told = [
+    overlaps = [
       f"the {what} {value} is in both {of}" for value, of in shared.items()
     ]
     raise UsageError(
-      f"{naming.shown(told, between='; ')}: the scores would be those of images"
-      f" already seen; put each in one{hint}"
+      f"{naming.shown(overlaps, between='; ')}: the scores would be those of"
+      f" images already seen; put each in one{hint}"
     )
 
 
@@ -564,7 +564,7 @@ def _absent(
   """Says which classes some rows lack; None where they lack none."""
   of_rows = np.asarray(labels)[np.asarray(rows, np.int64)]
   counts = np.bincount(of_rows, minlength=len(classes))
-  absent = [classes[c] for c in np.flatnonzero(counts == 0)]
+  absent = [classes[c] for c in np.flatnonzero(counts == 0).tolist()]
   if not absent:
     return None
   shown = naming.shown(absent, 5)

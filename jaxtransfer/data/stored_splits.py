@@ -94,12 +94,12 @@ def check_unchanged(
 
 def digest(examples: Examples) -> str:
   """Returns a hash of what all rows are: names, labels, groups and so on."""
-  said = [
+  content = [
     list(examples.names),
     list(examples.classes),
     list(_columns(examples).items()),
   ]
-  return hashlib.sha256(_compact(said).encode()).hexdigest()
+  return hashlib.sha256(_compact(content).encode()).hexdigest()
 
 
 def _columns(examples: Examples) -> dict[str, list[str] | None]:
@@ -140,7 +140,7 @@ def _read(
   try:
     with open(path, encoding="utf-8") as f:
       value = dict(json.load(f))
-    stored = {"names": list(value.pop("names"))}
+    stored: dict[str, Any] = {"names": list(value.pop("names"))}
     if "columns" in value:
       stored["classes"] = list(value.pop("classes"))
       columns = value.pop("columns")
@@ -155,17 +155,18 @@ def _compare(
   path: str | os.PathLike[str], stored: Mapping[str, Any], examples: Examples
 ) -> None:
   """Refuses a source that is not what was stored, with its first rows."""
-  found = _different_names(stored["names"], list(examples.names))
-  if not found and "columns" in stored:
-    found = _different_rows(stored["columns"], examples)
-    if not found and stored["classes"] != list(examples.classes):
-      found = (
+  difference = _different_names(stored["names"], list(examples.names))
+  if not difference and "columns" in stored:
+    difference = _different_rows(stored["columns"], examples)
+    if not difference and stored["classes"] != list(examples.classes):
+      difference = (
         f"its classes were {naming.shown(stored['classes'], 5)}, and are"
         f" {naming.shown(examples.classes, 5)}"
       )
-  if found:
+  if difference:
     raise UsageError(
-      f"{path}: the source has changed since: {found}; use another --workdir"
+      f"{path}: the source has changed since: {difference}; use another"
+      " --workdir"
     )
 
 
@@ -204,19 +205,19 @@ def _different_rows(
       ).tolist()
     }
   )
-  told = []
+  changes = []
   for row in rows[:_SHOWN]:
     differences = [
       f"{name} {_said(old[row])} there, {_said(new[row])} now"
       for name, (old, new) in pairs.items()
       if old[row] != new[row]
     ]
-    told.append(
+    changes.append(
       f"row {row + 1}, {examples.names[row]}: {', '.join(differences)}"
     )
   if len(rows) > 1:
-    told.append(f"{len(rows):,} rows differ in all")
-  return "; ".join(told)
+    changes.append(f"{len(rows):,} rows differ in all")
+  return "; ".join(changes)
 
 
 def _said(value: str) -> str:

@@ -160,12 +160,12 @@ def orientation(exif: bytes | BinaryIO, xmp: bytes = b"") -> int:
     xmp: an XMP packet; it counts where EXIF says nothing.
   """
   file = io.BytesIO(exif) if isinstance(exif, bytes) else exif
-  found = 0
+  turn = 0
   try:
-    found = Tags(file).number(ORIENTATION, 0)
+    turn = Tags(file).number(ORIENTATION, 0)
   except ValueError:
     pass
-  if not 1 <= found <= 8:
+  if not 1 <= turn <= 8:
     match = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp)
-    found = int(match[1]) if match else 1
-  return found
+    turn = int(match[1]) if match else 1
+  return turn

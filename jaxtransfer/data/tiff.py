@@ -161,10 +161,10 @@ def _unsupported_grey(page: Tags, samples: int, bits: int) -> str:
     return f"of {bits}-bit grey: {containers.RANGE_FIRST}"
   # ImageJ and OME write every channel of a fluorescence as a page.
   words = page.text(_DESCRIPTION)
-  found = re.search(r"^ImageJ=(?s:.*)^channels=(\d+)", words, re.MULTILINE)
-  found = found or re.search(r"<Pixels\b[^>]*\bSizeC=\"(\d+)\"", words)
-  if found and page.more and int(found[1]) > 1:
-    return f"of {found[1]} channels, each a page: {_CHANNELS_FIRST}"
+  match = re.search(r"^ImageJ=(?s:.*)^channels=(\d+)", words, re.MULTILINE)
+  match = match or re.search(r"<Pixels\b[^>]*\bSizeC=\"(\d+)\"", words)
+  if match and page.more and int(match[1]) > 1:
+    return f"of {match[1]} channels, each a page: {_CHANNELS_FIRST}"
   return ""
 
 
@@ -193,18 +193,18 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
       # Its last plane means nothing, and not every reader passes it over.
       samples, bits, extra = 3, bits[:3], ()
   planes = samples if planar == 2 else 1
-  wanted = across * down * planes
+  total = across * down * planes
   offsets = page.numbers(_TILES if tiled else _STRIPS)
   counts = page.numbers(_TILE_SIZES if tiled else _STRIP_SIZES)
-  if len(offsets) < wanted and compression != _OLD_JPEG:
+  if len(offsets) < total and compression != _OLD_JPEG:
     raise ImageError(
-      f"damaged image: {len(offsets)} of {wanted} parts of the TIFF are there"
+      f"damaged image: {len(offsets)} of {total} parts of the TIFF are there"
     )
   if compression == 1 and (photometric != 6 or planar == 2):
     # What the sides say; some writers count wrongly.
     each = sum(bits) if planar != 2 else bits[0]
     line = -(-shape[0] * each // 8)
-    counts = [line * shape[1]] * wanted
+    counts = [line * shape[1]] * total
     if not tiled:
       last = height - shape[1] * (down - 1)
       counts[down - 1 :: down] = [line * last] * planes
@@ -228,7 +228,7 @@ def _rewritten(file: BinaryIO, page: Tags, width: int, height: int) -> bytes:
     base = file.read()
     counts = counts or _to_the_end(offsets, len(base))
   else:
-    base, offsets, counts = _gathered(file, offsets, counts, wanted)
+    base, offsets, counts = _gathered(file, offsets, counts, total)
     if compression not in _OWN_FILL_ORDER:
       if page.number(_FILL_ORDER, 1) == 2:
         base = base.translate(_REVERSED)
@@ -250,7 +250,7 @@ def _to_the_end(offsets: Sequence[int], end: int) -> list[int]:
 
 
 def _gathered(
-  file: BinaryIO, offsets: Sequence[int], counts: Sequence[int], wanted: int
+  file: BinaryIO, offsets: Sequence[int], counts: Sequence[int], total: int
 ) -> tuple[bytes, list[int], list[int]]:
   """Returns strips or tiles one after the other, and where they are then.
 
@@ -258,25 +258,25 @@ def _gathered(
     file: where they are now.
     offsets: of each.
     counts: bytes of each; none where the file does not say.
-    wanted: how many there are, at most as many as offsets.
+    total: how many there are, at most as many as offsets.
 
   Raises:
     ImageError: some are cut short.
   """
   size = file.seek(0, 2)
-  if len(counts) < wanted:
+  if len(counts) < total:
     counts = _to_the_end(offsets, size)
-  places = list(zip(offsets[:wanted], counts[:wanted], strict=True))
+  places = list(zip(offsets[:total], counts[:total], strict=True))
   # The first bytes are the header's.
-  parts, there, at, left = [b"\0" * 8], {}, 8, size
+  parts, there, at, room = [b"\0" * 8], {}, 8, size
   for place in places:
     offset, count = place
     if place in there:
       continue
     if not 0 < offset < offset + count <= size:
       raise ImageError("damaged image: truncated, pixels of the TIFF missing")
-    left -= count
-    if left < 0:
+    room -= count
+    if room < 0:
       raise ImageError("damaged image: parts of the TIFF lie in each other")
     file.seek(offset)
     parts.append(file.read(count))

@@ -41,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from jaxtransfer.data.sources import Examples
 from jaxtransfer.errors import UsageError
 
 # Part of the fingerprint: whoever changes a pixel raises it, so that features
@@ -449,8 +450,9 @@ def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
   """
   knots = rng.standard_normal((cells + 3, cells + 3), dtype=np.float32)
   first, weights = _spline(size, cells)
-  rows = sum(weights[k][:, None] * knots[first + k] for k in range(4))
-  field = sum(weights[k] * rows[:, first + k] for k in range(4))
+  none = np.zeros((), np.float32)
+  rows = sum((weights[k][:, None] * knots[first + k] for k in range(4)), none)
+  field = sum((weights[k] * rows[:, first + k] for k in range(4)), none)
   return field * np.float32(2.1)  # a cubic B-spline halves the deviation
 
 
@@ -634,7 +636,7 @@ def _scan(
 # --- the data set -----------------------------------------------------------
 
 
-class Tissue:
+class Tissue(Examples):
   """Tiles of one task, drawn when they are read; made by `open_tissue`.
 
   Reading is random access: a tile depends on the seed, its patient and its
@@ -646,14 +648,7 @@ class Tissue:
     labels: (N,) int32, row -> class.
     groups: N patient names.
     names: N tile names.
-    slides, splits, tasks: None; the source names none.
-    notes: nothing to tell the user.
   """
-
-  slides = None
-  splits = None
-  tasks = None
-  notes: tuple[str, ...] = ()
 
   def __init__(
     self, task: str, patients: int, tiles_per_patient: int, size: int, seed: int
@@ -663,21 +658,19 @@ class Tissue:
     self.tiles_per_patient = tiles_per_patient
     self.size = size
     self.seed = seed
-    self.classes = list(TASKS[task].classes)
+    classes = list(TASKS[task].classes)
     patient, tile = np.divmod(
       np.arange(patients * tiles_per_patient), tiles_per_patient
     )
     # Every class in every patient, as evenly as the number of tiles allows,
     # and the patient shifts which class has the tile left over.
-    self.labels = ((tile + patient) % len(self.classes)).astype(np.int32)
-    self.groups = [f"patient_{p:04d}" for p in patient]
-    self.names = [
+    labels = ((tile + patient) % len(classes)).astype(np.int32)
+    groups = [f"patient_{p:04d}" for p in patient]
+    names = [
       f"tissue/{task}/{group}/tile_{t:04d}"
-      for group, t in zip(self.groups, tile, strict=True)
+      for group, t in zip(groups, tile, strict=True)
     ]
-
-  def __len__(self) -> int:
-    return len(self.labels)
+    super().__init__(classes, labels, names, groups)
 
   def __reduce__(self):
     return (
@@ -796,7 +789,7 @@ class Tissue:
 def _latents(scene: Scene) -> dict[str, float]:
   nuclei, lumen = scene.nuclei, scene.lumen
   radius = np.sqrt(nuclei.a * nuclei.b)
-  found = {
+  latents = {
     "nuclei": float(len(radius)),
     "nuclear_area": float(np.pi * (radius**2).sum()),
     "nuclear_radius": float(radius.mean()),
@@ -824,9 +817,9 @@ def _latents(scene: Scene) -> dict[str, float]:
       continue
     gap.append(np.diff(turns, append=turns[0] + 2 * np.pi).max())
     deviation.append(distance[near].std())
-  found["ring_gap"] = float(np.mean(gap)) if gap else 2 * np.pi
-  found["ring_deviation"] = float(np.mean(deviation)) if gap else 9.0
-  return found
+  latents["ring_gap"] = float(np.mean(gap)) if gap else 2 * np.pi
+  latents["ring_deviation"] = float(np.mean(deviation)) if gap else 9.0
+  return latents
 
 
 def open_tissue(

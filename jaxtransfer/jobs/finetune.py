@@ -110,7 +110,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       size,
       source.notes,
     )
-  begun = workdir.begin(str(devices))
+  begun = results.Run(**workdir.begin(str(devices)))
   if workdir.writes:
     dataset.save(workdir.path / "splits.json", [data])
   print(
@@ -274,14 +274,14 @@ def _results(
       "trainings": 1,
       "at_last_epoch": int(fitted.epoch == config.epochs),
     },
-    epochs=epochs,
+    epochs=results.epochs(epochs),
     temperature=evaluated.temperature,
     missed=results.missed(evaluated.missed),
     chance=evaluated.chance,
     confusion=results.confusion(evaluated),
     operating=results.points(evaluated.points),
     reliability=results.reliability(evaluated),
-    curves=evaluated.curves,
+    curves=results.curves(evaluated),
     rows=read.rows,
     groups=read.groups,
     notes=[

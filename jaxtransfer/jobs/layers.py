@@ -16,7 +16,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import ml_collections
@@ -139,7 +139,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   if workdir.dry:
     return _preview(config, plan, data, images, networks, devices, workdir.path)
-  begun = workdir.begin(str(devices))
+  begun = results.Run(**workdir.begin(str(devices)))
   dataset.save(workdir.path / "splits.json", [data])
   print(
     f"{data};"
@@ -188,7 +188,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     "run": begun,
   }
   read = dataset.what_was_read([data], dict(failures))
-  left = _results(config, plan, source, data, read, measured, costs, about)
+  left = _results(
+    config, plan, source, data, read, measured, costs.table, about
+  )
   page.write(workdir.path, left)
   _print(left)
   return workdir.finish(left)
@@ -466,7 +468,8 @@ def _results(
   for tap, of_tap in zip(plan.taps, costs, strict=True):
     base = {"weights": label, "tap": tap}
     rows += [results.row(base, name, value) for name, value in of_tap.items()]
-  rows = [{**row, "network": plan.network} for row in rows]
+  for row in rows:
+    row["network"] = plan.network
   count = f"{read.rows['test']:,} images, whose patients are not known,"
   if read.groups is not None:
     count = f"{read.groups['test']:,} groups"
@@ -590,7 +593,7 @@ def _compared_rows(
   ]
   return [
     results.row(
-      base | split | {"tap": tap},
+      {**base, **split, "tap": tap},
       name,
       of_taps[t],
       None if of_resamples is None else bootstrap.interval(of_resamples[t]),
@@ -660,18 +663,20 @@ def _score_rows(
         base = {"tap": tap, "probe": probe, **network}
         if not np.isnan(one.strengths[r, p]):
           strength = one.strengths[r, p]
-          rows.append(results.row(base | val, "strength", strength))
+          rows.append(results.row({**base, **val}, "strength", strength))
         for m, metric in enumerate(plan.metrics):
           scores = one.values[r, p, m]
-          rows.append(results.row(base | val, metric, scores[0]))
+          rows.append(results.row({**base, **val}, metric, scores[0]))
           interval = None if r else one.intervals[p, m]
-          rows.append(results.row(base | test, metric, scores[1], interval))
+          rows.append(
+            results.row({**base, **test}, metric, scores[1], interval)
+          )
   return rows
 
 
 def _print(left: results.Results) -> None:
   """Prints the curve as a table."""
-  summary = left["summary"]
+  summary = cast(results.Layers, left["summary"])
   metric = summary["metric"]
   rows = {
     (row["tap"], row["metric"], row["weights"]): row
@@ -689,6 +694,10 @@ def _print(left: results.Results) -> None:
       return f"{row['value']:.3f}"
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
+  def cost(tap: str, name: str) -> float:
+    value = rows[tap, name, summary["weights"]]["value"]
+    return np.nan if value is None else value
+
   header = ("tap", metric, "random", "gain", "params", "images/s")
   widths = (24, 22, 22, 24, 8, 9)
   print()
@@ -700,7 +709,7 @@ def _print(left: results.Results) -> None:
       cell(tap, metric, weights),
       cell(tap, metric, "random"),
       cell(tap, f"{metric}:gain", weights),
-      f"{rows[tap, 'params', weights]['value'] / 1e6:.2f} M",
-      f"{rows[tap, 'images_per_second', weights]['value']:.1f}",
+      f"{cost(tap, 'params') / 1e6:.2f} M",
+      f"{cost(tap, 'images_per_second'):.1f}",
     )
     print(" ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)))

@@ -101,7 +101,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   training = bench.training(first, network)
   if workdir.dry:
     return _preview(bench, network, training)
-  begun = workdir.begin(str(devices))
+  begun = results.Run(**workdir.begin(str(devices)))
   dataset.save(workdir.path / "splits.json", divisions)
   print(
     f"{divisions[0]};"
@@ -366,7 +366,7 @@ def _report(
   summary = results.Truncate(
     **_settings(bench, unreadable),
     sentence="",
-    cut=bench.choose(search, "ttl").cut,
+    cut=bench.final(search).cut,
     taps=sorted({s.cut for s in search}, key=bench.plan.places.__getitem__),
     search=searched,
     table=table,
@@ -375,16 +375,22 @@ def _report(
       "at_last_epoch": sum(r["best_epoch"] == config.epochs for r in records),
     },
     learning=[
-      {"name": row.name, "epochs": [bench.epochs(u) for u in row.units]}
+      results.Learning(
+        name=row.name,
+        epochs=[results.epochs(bench.epochs(u)) for u in row.units],
+      )
       for row in compared
     ],
     exported=exported,
     confusion=results.confusion(evaluated),
     reliability=results.reliability(evaluated),
     temperature=evaluated.temperature,
-    curves=[{"name": name, **of.curves} for name, of in evaluations.items()],
+    curves=[
+      results.NamedCurves(name=name, **results.curves(of))
+      for name, of in evaluations.items()
+    ],
     failed=[
-      {"unit": name, "reason": record["reason"]}
+      results.Failed(unit=name, reason=record["reason"])
       for name, (record,) in bench.kept.records("failed.json").items()
     ],
     seconds={
@@ -452,7 +458,7 @@ def _searched(
   """Returns what the summary holds of every cut, and its measurements."""
   config, plan = bench.config, bench.plan
   searched, measurements = [], []
-  final = bench.choose(search, "ttl")
+  final = bench.final(search)
   for one in sorted(search, key=lambda s: s.stage):
     units = bench.units(one.method, one.cut)
     params, macs = zoo.count(
@@ -510,9 +516,10 @@ def _table(
   for row, of_row, of_cost in zip(
     rows, tested, _costs(bench, rows), strict=True
   ):
-    records = [bench.kept.read(u, "done.json") for u in row.units]
+    records = [bench.kept.done(unit) for unit in row.units]
     values = [_number(r["val"][bench.config.metric]) for r in records]
-    line = {
+    points = results.points(of_row.points)
+    line: dict[str, Any] = {
       **of_cost,
       "name": row.name,
       "method": row.method,
@@ -524,7 +531,7 @@ def _table(
       "epochs": float(np.mean([r["epoch"] for r in records])),
       "val": files.finite(float(np.mean(values))),
       "test": {n: results.score(s) for n, s in of_row.scores.items()},
-      "operating": results.points(of_row.points),
+      "operating": points,
       "missed": results.missed(of_row.missed),
       "chance": of_row.chance,
       "tests": 1 if bench.config.folds else len(row.units),
@@ -557,11 +564,9 @@ def _table(
           results.row(of_test, f"{name}:against_{key}", of.value, of[1:])
           for name, of in differences.items()
         ]
-    measurements += results.point_rows(
-      base, line["operating"], range(len(row.units))
-    )
+    measurements += results.point_rows(base, points, range(len(row.units)))
     measurements += [results.row(base, name, line[name]) for name in _COSTS]
-    table.append(line)
+    table.append(results.Tested(**line))
   return table, measurements
 
 
@@ -667,16 +672,26 @@ class _Bench:
     """Returns a method's cut by validation alone; None where there is none.
 
     Raises:
-      RunError: nothing can be chosen of TTL, which the job is about.
+      RunError: as `final`.
     """
-    found = cuts.choose(self.plan, search, method, self.config.tolerance)
-    if found is None and method == "ttl":
+    if method == "ttl":
+      return self.final(search)
+    return cuts.choose(self.plan, search, method, self.config.tolerance)
+
+  def final(self, search: Sequence[Searched]) -> Searched:
+    """Returns TTL's cut, which the job is about.
+
+    Raises:
+      RunError: nothing can be chosen.
+    """
+    cut = cuts.choose(self.plan, search, "ttl", self.config.tolerance)
+    if cut is None:
       raise errors.RunError(
-        f"no cut of {method} has a validation {self.config.metric}; see"
+        f"no cut of ttl has a validation {self.config.metric}; see"
         f" {self.path / 'units'}: failed.json there says why; remove it to try"
         " again"
       )
-    return found
+    return cut
 
   def so_far(self, method: str, cut: str, epochs: int) -> float:
     """Returns the mean validation metric after so many epochs.
@@ -703,7 +718,10 @@ class _Bench:
       self.kept.read(unit, "done.json") or self.kept.read(unit, "paused.json")
       for unit in units
     ]
-    values = tuple(_number(r and r["val"][self.config.metric]) for r in records)
+    values = tuple(
+      np.nan if r is None else _number(r["val"][self.config.metric])
+      for r in records
+    )
     if failed := [unit for unit in units if self.kept.state(unit) == "failed"]:
       stopped = f"{len(failed)} of {len(units)} trainings failed"
     return Searched(method, stage, cut, values, stopped)
@@ -884,7 +902,7 @@ class _Bench:
 
   def best(self, row: Row) -> tuple[Unit, float]:
     """Returns the best of a row's repeats, and its score, by validation."""
-    records = [self.kept.read(unit, "done.json") for unit in row.units]
+    records = [self.kept.done(unit) for unit in row.units]
     values = [_number(r["val"][self.config.metric]) for r in records]
     at = int(np.argmax(np.nan_to_num(values, nan=-np.inf)))
     return row.units[at], values[at]
@@ -905,8 +923,8 @@ class _Bench:
     if not path.exists():
       network = self.trained(unit)
       training = self.training(unit, network)
-      _, *numbers = functional.split(network)
-      predicted = training.predict(tuple(numbers), [split])
+      _, params, statistics = functional.split(network)
+      predicted = training.predict((params, statistics), [split])
       # The outputs last: once they are there, nothing is read again.
       files.write_json(
         path.with_name(f"{split}_failures.json"),

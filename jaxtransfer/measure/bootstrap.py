@@ -97,7 +97,7 @@ def interval(
   if not 0 < level < 1:
     raise ValueError(f"level must lie between 0 and 1, got {level}")
   ends = np.array([(1 - level) / 2, (1 + level) / 2])
-  bare = np.isnan(values).all(-1, keepdims=True)
+  bare = np.asarray(np.isnan(values).all(-1, keepdims=True))
   # Zero in place of nothing at all, put right below: nanquantile would warn.
   low, high = np.nanquantile(np.where(bare, 0, values), ends, axis=-1)
   bare = bare[..., 0]

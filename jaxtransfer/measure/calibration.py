@@ -104,13 +104,13 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     raise ValueError("a temperature needs images to be fitted on")
   logits = np.asarray(logits, np.float64)
   # It depends on the inverse in a convex way, so one minimum is the minimum.
-  found = optimize.minimize_scalar(
+  minimum = optimize.minimize_scalar(
     lambda log: _surprise(labels, logits * np.exp(-log)),
     bounds=_LOG_TEMPERATURES,
     method="bounded",
     options={"xatol": 1e-6},
   )
-  return float(np.exp(found.x))
+  return float(np.exp(minimum.x))
 
 
 def _surprise(labels: np.ndarray, logits: np.ndarray) -> float:

@@ -76,8 +76,8 @@ def balanced_accuracy(
   values = np.empty(weights_NB.shape[1])
   for block, table in _blocks(weights_NB, order):
     totals = np.add.reduceat(table, starts, axis=0)
-    found = np.add.reduceat(table * hit, starts, axis=0)
-    values[block] = _mean(_ratio(found, totals))
+    correct = np.add.reduceat(table * hit, starts, axis=0)
+    values[block] = _mean(_ratio(correct, totals))
   return float(values[0]) if single else values
 
 
@@ -261,11 +261,11 @@ def _precisions(
   """Returns (b,) average precisions of one class; arguments as `_areas`."""
   del start, rows
   own = table[positive]
-  found = np.cumsum(own, axis=0)
+  hits = np.cumsum(own, axis=0)
   # The positives up to the end of each one's ties, itself among them.
-  found = found[np.searchsorted(positive, stop) - 1]
+  hits = hits[np.searchsorted(positive, stop) - 1]
   seen = np.cumsum(table, axis=0)[stop - 1]
-  return _ratio((own * _ratio(found, seen, empty=0)).sum(0), own.sum(0))
+  return _ratio((own * _ratio(hits, seen, empty=0)).sum(0), own.sum(0))
 
 
 def _checked(
@@ -321,7 +321,9 @@ def _blocks(
 
 
 def _ratio(
-  above: np.ndarray, below: np.ndarray, empty: float = np.nan
+  above: np.ndarray | np.floating,
+  below: np.ndarray | np.floating,
+  empty: float = np.nan,
 ) -> np.ndarray:
   """Returns above / below, and `empty` where there is nothing below."""
   return np.divide(

@@ -61,8 +61,10 @@ def measure_forward(
       start = time.perf_counter()
       jax.block_until_ready(program())
       seconds[j, i] = time.perf_counter() - start
-  found = np.quantile(images / seconds, [0.25, 0.5, 0.75], axis=1).T.tolist()
-  return [Speed(median, low, high, repeats) for low, median, high in found]
+  quartiles = np.quantile(
+    images / seconds, [0.25, 0.5, 0.75], axis=1
+  ).T.tolist()
+  return [Speed(median, low, high, repeats) for low, median, high in quartiles]
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:

@@ -142,12 +142,12 @@ def curves(
   if targets.shape[1] > _MOST_BANDED:
     weights = None
   table, weights = _checked(targets, scores, weights, points)
-  found = (
+  bands = (
     _band(values, weights) for values in _mean_curves(table, weights, points)
   )
   return {
     name: {key: _plain(values) for key, values in band._asdict().items()}
-    for name, band in zip(("roc", "precision_recall"), found, strict=True)
+    for name, band in zip(("roc", "precision_recall"), bands, strict=True)
   }
 
 
@@ -218,9 +218,9 @@ def _mean_curves(
   counts = np.zeros((2, 1 + resamples, 1))
   kinds: tuple[Callable[..., np.ndarray | None], ...] = (_roc, _precision)
   for targets, scores in zip(table.targets.T, table.scores.T, strict=True):
-    for r, (found, alarms) in enumerate(_counted(targets, scores, weights)):
-      for k, read in enumerate(kinds):
-        values = read(x, found, alarms)
+    for r, (hits, alarms) in enumerate(_counted(targets, scores, weights)):
+      for k, curve in enumerate(kinds):
+        values = curve(x, hits, alarms)
         if values is not None:
           totals[k, r] += values
           counts[k, r] += 1
@@ -259,22 +259,22 @@ def _counted(
 
 
 def _roc(
-  x: np.ndarray, found: np.ndarray, alarms: np.ndarray
+  x: np.ndarray, hits: np.ndarray, alarms: np.ndarray
 ) -> np.ndarray | None:
-  if not (found[-1] and alarms[-1]):
+  if not (hits[-1] and alarms[-1]):
     return None
-  return np.interp(x, alarms / alarms[-1], found / found[-1])
+  return np.interp(x, alarms / alarms[-1], hits / hits[-1])
 
 
 def _precision(
-  x: np.ndarray, found: np.ndarray, alarms: np.ndarray
+  x: np.ndarray, hits: np.ndarray, alarms: np.ndarray
 ) -> np.ndarray | None:
-  if not found[-1]:
+  if not hits[-1]:
     return None
   # At zero, the first step that finds anything.
   reached = np.maximum(x, np.nextafter(0, 1))
-  at = np.searchsorted(found / found[-1], reached)
-  return found[at] / (found[at] + alarms[at])
+  at = np.searchsorted(hits / hits[-1], reached)
+  return hits[at] / (hits[at] + alarms[at])
 
 
 def _band(values: np.ndarray, weights: np.ndarray | None) -> Band:

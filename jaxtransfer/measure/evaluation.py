@@ -95,7 +95,8 @@ def score(values: Sequence[float], resampled: Sequence[npt.ArrayLike]) -> Score:
     resampled: S times (R,) numbers.
   """
   return Score(
-    tuple(float(value) for value in values), np.mean(resampled, axis=0)
+    tuple(float(value) for value in values),
+    np.mean(np.asarray(resampled), axis=0),
   )
 
 
@@ -141,11 +142,11 @@ def hardly_found(
   missed = []
   for label in np.unique(labels).tolist():
     called = np.bincount(predicted[labels == label], minlength=classes)
-    found, images = int(called[label]), int(called.sum())
-    if found < images / (2 * classes):
+    hits, images = int(called[label]), int(called.sum())
+    if hits < images / (2 * classes):
       called[label] = 0
       instead = int(called.argmax())
-      missed.append(Missed(label, images, found, instead, int(called[instead])))
+      missed.append(Missed(label, images, hits, instead, int(called[instead])))
   return sorted(missed, key=lambda m: m.found / m.images)
 
 
@@ -159,7 +160,7 @@ def missed(outputs: Outputs) -> list[Missed]:
   if not outputs.classes.multilabel:
     labels, called = targets.argmax(1), outputs.logits.argmax(1)
     return [
-      m._replace(name=names[m.label], instead=names[m.instead])
+      m._replace(name=names[m.label], instead=names[int(m.instead)])
       for m in hardly_found(labels, called, len(names))
     ]
   several = []
@@ -183,7 +184,7 @@ def chance(targets: npt.ArrayLike, *, multilabel: bool) -> float:
     targets: (N, C) 1, 0 or NaN where unknown.
     multilabel: whether the columns are labels that do not exclude each other.
   """
-  there = np.nansum(targets, axis=0) > 0
+  there = np.nansum(np.asarray(targets), axis=0) > 0
   return 0.5 if multilabel else 1 / max(int(there.sum()), 1)
 
 
@@ -409,12 +410,19 @@ def _values(
   resampled = {}
   if outputs.resamples is not None:
     resampled = scoring.measure(outputs, resampled=True).flat()
+
+  def ends(name: str) -> tuple[float, float] | None:
+    if name not in resampled:
+      return None
+    low, high = bootstrap.interval(resampled[name])
+    return float(low), float(high)
+
   return [
     Value(
       split,
       name + suffix,
-      value,
-      bootstrap.interval(resampled[name]) if name in resampled else None,
+      float(value),
+      ends(name),
       outputs.images(name),
     )
     for name, value in scoring.measure(outputs).flat().items()
@@ -496,7 +504,9 @@ def over_repeats(
   distinct = every.select(np.isin(np.arange(len(every.rows)), first))
   return Tested(
     scores={
-      name: score([of[name] for of in once], [of[name] for of in resampled])
+      name: score(
+        [float(of[name]) for of in once], [of[name] for of in resampled]
+      )
       for name in metrics.OF_SCORES
     },
     points=join_points(points, disjoint) if points else [],

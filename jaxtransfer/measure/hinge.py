@@ -51,7 +51,8 @@ def minimise(
       except np.linalg.LinAlgError:
         return w, step, False
       along = way @ x
-      length = _search(sign, logits, along, ridge @ (w * way), ridge @ way**2)
+      flat, bend = float(ridge @ (w * way)), float(ridge @ way**2)
+      length = _search(sign, logits, along, flat, bend)
       w, logits = w + length * way, logits + length * along
       if abs(length - 1) < 1e-6 and (inside == (sign * logits < 1)).all():
         return w, step, True
@@ -73,7 +74,7 @@ def _search(
 
   def slope(t: float) -> float:
     gap = np.maximum(1 - sign * (logits + t * along), 0)
-    return flat + t * bend - 2 * (gap * sign) @ along
+    return float(flat + t * bend - 2 * (gap * sign) @ along)
 
   if abs(slope(1.0)) <= 1e-9 * abs(slope(0.0)):
     return 1.0

@@ -83,11 +83,11 @@ def youden(positive: npt.ArrayLike, scores: npt.ArrayLike) -> float:
   Source: Youden 1950, "Index for rating diagnostic tests", Cancer 3(1):32-35;
     agrees with scikit-learn's `roc_curve`.
   """
-  thresholds, found, alarms = _counted(positive, scores)
-  if not len(thresholds) or not found[-1] or not alarms[-1]:
+  thresholds, hits, alarms = _counted(positive, scores)
+  if not len(thresholds) or not hits[-1] or not alarms[-1]:
     return np.nan
   # J times both counts, in whole numbers: equally good ones are equal.
-  index = found * alarms[-1] - alarms * found[-1]
+  index = hits * alarms[-1] - alarms * hits[-1]
   return float(thresholds[np.flatnonzero(index == index.max())[-1]])
 
 
@@ -109,10 +109,10 @@ def reaching(
   """
   if not 0 < sensitivity <= 1:
     raise ValueError(f"a sensitivity is above 0 and up to 1, got {sensitivity}")
-  thresholds, found, _ = _counted(positive, scores)
-  if not len(thresholds) or not found[-1]:
+  thresholds, hits, _ = _counted(positive, scores)
+  if not len(thresholds) or not hits[-1]:
     return np.nan
-  return float(thresholds[(found / found[-1] >= sensitivity).argmax()])
+  return float(thresholds[(hits / hits[-1] >= sensitivity).argmax()])
 
 
 def rates(
@@ -168,10 +168,10 @@ def predictive_values(of: Rates, prevalence: float) -> Predictive:
   if not 0 < prevalence < 1:
     raise ValueError(f"a prevalence is between 0 and 1, got {prevalence}")
   sensitivity, specificity = map(np.asarray, of)
-  found = sensitivity * prevalence
+  hits = sensitivity * prevalence
   spared = specificity * (1 - prevalence)
   return Predictive(
-    _ratio(found, found + (1 - specificity) * (1 - prevalence)),
+    _ratio(hits, hits + (1 - specificity) * (1 - prevalence)),
     _ratio(spared, spared + (1 - sensitivity) * prevalence),
   )
 
@@ -214,23 +214,27 @@ def points(
   def quantities(of: Rates) -> dict[str, Value]:
     values = of._asdict()
     if prevalence is not None:
-      found = predictive_values(of, prevalence)
-      values |= {"ppv": found.positive, "npv": found.negative}
+      worth = predictive_values(of, prevalence)
+      values |= {"ppv": worth.positive, "npv": worth.negative}
     return values
 
-  return [
-    Point(
-      rule,
-      threshold,
-      rates(there, scores, threshold),
-      quantities(rates(positive, tested_scores, threshold)),
-      {}
-      if weights is None
-      else quantities(rates(positive, tested_scores, threshold, weights)),
-      (int(positive.sum()), int((~positive).sum())),
+  made = []
+  for rule, threshold in rules.items():
+    values = quantities(rates(positive, tested_scores, threshold))
+    resampled: dict[str, Value] = {}
+    if weights is not None:
+      resampled = quantities(rates(positive, tested_scores, threshold, weights))
+    made.append(
+      Point(
+        rule,
+        threshold,
+        rates(there, scores, threshold),
+        {name: float(value) for name, value in values.items()},
+        {name: np.asarray(value) for name, value in resampled.items()},
+        (int(positive.sum()), int((~positive).sum())),
+      )
     )
-    for rule, threshold in rules.items()
-  ]
+  return made
 
 
 def rule_words(rule: str) -> str:
@@ -284,14 +288,14 @@ def _counted(
   # Rows of equal score cross the threshold together.
   ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
   ends = ends[: len(ranked)]
-  found = np.cumsum(positive[order])[ends]
-  return ranked[ends], found, ends + 1 - found
+  hits = np.cumsum(positive[order])[ends]
+  return ranked[ends], hits, ends + 1 - hits
 
 
 def _ratio(above: npt.ArrayLike, below: npt.ArrayLike) -> Value:
   """Returns above / below, NaN where there is nothing below."""
   above, below = np.asarray(above), np.asarray(below)
-  found = np.divide(
+  ratio = np.divide(
     above, below, out=np.full(above.shape, np.nan), where=below > 0
   )
-  return found if found.ndim else float(found)
+  return ratio if ratio.ndim else float(ratio)

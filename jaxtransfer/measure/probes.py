@@ -11,6 +11,7 @@ sum of losses beside ||W||^2 / 2, larger is less regularised.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,10 +141,8 @@ def fit_probe(
   )
   present, y = np.unique(y, return_inverse=True)
   if kind in ("logistic", "linear_svm"):
-    strengths = np.unique(np.asarray(strengths, np.float64))
-    if (
-      not strengths.size or not ((strengths > 0) & np.isfinite(strengths)).all()
-    ):
+    grid = np.unique(np.asarray(strengths, np.float64))
+    if not grid.size or not ((grid > 0) & np.isfinite(grid)).all():
       raise ValueError("strengths must be positive numbers, one at least")
     score = metrics.METRICS[metric].function
 
@@ -153,7 +152,7 @@ def fit_probe(
       return _widen(logits, classes, present, -np.inf)
 
     def validate(logits: np.ndarray) -> float:
-      value = score(y_val, scores_of(logits))
+      value = float(score(y_val, scores_of(logits)))
       if np.isnan(value):
         raise ValueError(
           f"{metric} of the validation rows is not defined, and so no strength"
@@ -161,7 +160,7 @@ def fit_probe(
         )
       return value
 
-    bases, best = _fit_linear(kind, train, y, val, strengths, validate)
+    bases, best = _fit_linear(kind, train, y, val, grid, validate)
 
     def result(part: np.ndarray) -> np.ndarray:
       return np.stack(
@@ -206,9 +205,10 @@ def _checked(
   classes: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
   """Returns the arguments of `fit_probe` as arrays that fit together."""
-  parts = {"train": train, "val": val, "test": test}
-  for name, part in parts.items():
-    part = parts[name] = np.asarray(part)
+  given = {"train": train, "val": val, "test": test}
+  parts: dict[str, np.ndarray] = {}
+  for name, features in given.items():
+    part = parts[name] = np.asarray(features)
     if part.ndim != 3:
       raise ValueError(f"{name} features must be (R, N, D), got {part.shape}")
     if part.shape[::2] != parts["train"].shape[::2]:
@@ -526,8 +526,10 @@ def _descend(
 
   lbfgs = optax.scale_by_lbfgs(_HISTORY)
   # The counter is shared, so that the history is written in one place.
+  # As axes of vmap, not as a state.
+  # pyrefly: ignore[bad-argument-type]
   axes = optax.ScaleByLBFGSState(None, 0, 0, 0, 0, 0)
-  update = lbfgs.update
+  update: Callable[..., Any] = lbfgs.update
   for _ in range(3):
     update = jax.vmap(update, in_axes=(0, axes, 0), out_axes=(0, axes))
 
@@ -535,7 +537,7 @@ def _descend(
     return t[..., None, None]
 
   def step(carry: tuple) -> tuple:
-    v, w, logits, slope, g, done, taken, i, history = carry
+    v, w, logits, slope, g, done, iterations, i, history = carry
     d, history = update(g, history, v)
     # Rounding near the minimum can give a pair without curvature.
     sound = jnp.isfinite(history.weights_memory) & (history.weights_memory > 0)
@@ -595,7 +597,7 @@ def _descend(
     return finish(carry, t, d, w_d, logits_d, new, history)
 
   def finish(carry, t, d, w_d, logits_d, new, history):  # noqa: ANN001, ANN202
-    v, w, logits, _, _, done, taken, i, _ = carry
+    v, w, logits, _, _, done, iterations, i, _ = carry
     v, w = v + along(t) * d, w + along(t) * w_d
     g, now = gradient(new, w)
     return (
@@ -605,7 +607,7 @@ def _descend(
       new,
       g,
       done | now,
-      taken + ~done,
+      iterations + ~done,
       i + 1,
       history,
     )
@@ -614,7 +616,8 @@ def _descend(
   g, done = gradient(slope, weights)
   # v itself is never needed, only its differences: it may start from zero.
   v = jnp.zeros_like(weights)
-  state = lbfgs.init(v[0, 0, 0])
+  # For optax, any tree.
+  state = cast(optax.ScaleByLBFGSState, lbfgs.init(v[0, 0, 0]))
   fits = v.shape[:3]
   history = jax.tree.map(
     lambda leaf: jnp.zeros((*fits, *leaf.shape), leaf.dtype), state
@@ -645,7 +648,9 @@ class _Best:
   beyond: float = 0.0
   converged: bool = False
   iterations: int = 0
-  weights: np.ndarray | None = None
+  weights: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros((0, 1))
+  )
 
 
 def _fit_linear(
@@ -772,31 +777,31 @@ def _fit_path(
     ridge, scale = jnp.float32(ridge), jnp.float32(scale)
     fixed = (kind, x, jnp.asarray(onehot), ridge, scale)
     weights = jnp.repeat(start, wide, axis=1)
-    taken, limit = 0, _FIRST_ROUND
+    iterations, limit = 0, _FIRST_ROUND
     # Where the last chunk needed the Hessian, so will this one.
     change = _precondition(*fixed, weights) if hard else _diagonal(scale)
     while True:
       weights, done, more = _descend(*fixed, change, weights, limit)
-      taken = taken + np.asarray(more)
+      iterations = iterations + np.asarray(more)
       # Independent classes of one fit are one fit to whoever reads of it.
-      converged = np.asarray(done).all(2)
-      if converged.all() or taken.max() >= MAX_ITERATIONS:
+      converged = np.asarray(np.asarray(done).all(2))
+      if converged.all() or iterations.max() >= MAX_ITERATIONS:
         break
       # Once the iterations have cost what Newton's method is about to: then
       # both together cost at most twice what the better one would have.
-      left = np.count_nonzero(~np.asarray(done)) * width
-      if newton and left <= 12 * taken.max() * taken.size:
-        weights, converged, taken = _finish_hinge(
-          x, onehot, squares, filled, weights, np.asarray(done), taken
+      rest = np.count_nonzero(~np.asarray(done)) * width
+      if newton and rest <= 12 * iterations.max() * iterations.size:
+        weights, converged, iterations = _finish_hinge(
+          x, onehot, squares, filled, weights, np.asarray(done), iterations
         )
         break
       hard = True
       change = _precondition(*fixed, weights)
       limit *= 2
     start = weights[:, len(chunk) - 1 :][:, :1]
-    found = np.asarray(weights).reshape(networks, wide, -1, width)
+    fits = np.asarray(weights).reshape(networks, wide, -1, width)
     for s in range(len(chunk)):
-      yield found[:, s], converged[:, s], taken[:, s].max(1)
+      yield fits[:, s], converged[:, s], iterations[:, s].max(1)
 
 
 def _finish_hinge(
@@ -806,7 +811,7 @@ def _finish_hinge(
   penalties: np.ndarray,
   weights: jax.Array,
   done: np.ndarray,
-  taken: np.ndarray,
+  iterations: np.ndarray,
 ) -> tuple[jax.Array, np.ndarray, np.ndarray]:
   """Ends the fits that have not converged, each alone, in float64.
 
@@ -817,12 +822,12 @@ def _finish_hinge(
     penalties: (S,).
     weights: (R,S,G,1,E) so far.
     done: (R,S,G) whether they have converged.
-    taken: (R,S,G) iterations so far.
+    iterations: (R,S,G) so far.
 
   Returns:
     weights, (R,S) converged, (R,S,G) iterations.
   """
-  ended, done, taken = np.array(weights), done.copy(), taken.copy()
+  ended, done, iterations = np.array(weights), done.copy(), iterations.copy()
   signs = 2 * onehot[:, 0].astype(np.float64) - 1
   for r, of_network in enumerate(x):
     used = squares[r] > 0
@@ -833,8 +838,8 @@ def _finish_hinge(
       ended[r, s, g, 0, used], steps, done[r, s, g] = hinge.minimise(
         features, signs[g], ridge, ended[r, s, g, 0, used]
       )
-      taken[r, s, g] += steps
-  return jnp.asarray(ended), done.all(2), taken
+      iterations[r, s, g] += steps
+  return jnp.asarray(ended), np.asarray(done.all(2)), iterations
 
 
 @jax.jit
@@ -871,9 +876,9 @@ def _neighbours(
   # Whole chunks of one shape: the last is filled up with zero rows.
   step = max(1, min(1024, _CHUNK_BYTES // (8 * len(train))))
   padded = np.pad(queries, ((0, -len(queries) % step), (0, 0)))
-  train, y = jnp.asarray(train), jnp.asarray(y)
+  rows, labels = jnp.asarray(train), jnp.asarray(y)
   votes = [
-    np.asarray(_vote(train, y, padded[start : start + step], k, classes))
+    np.asarray(_vote(rows, labels, padded[start : start + step], k, classes))
     for start in range(0, len(padded), step)
   ]
   return np.concatenate(votes)[: len(queries)] / np.float32(k)

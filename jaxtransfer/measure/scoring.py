@@ -146,6 +146,11 @@ def measure(outputs: Outputs, *, resampled: bool = False) -> Scores:
   names, targets = classes.names, outputs.targets
   logits = np.asarray(outputs.logits, np.float64)
   every = probabilities(logits, multilabel=classes.multilabel)
+  by_class = {
+    name: about
+    for name, about in METRICS.items()
+    if about.by_class and len(names) <= _MOST_CLASSES
+  }
   with warnings.catch_warnings():
     # Classes that a split lacks were said when it was made.
     warnings.simplefilter("ignore", classification.AbsentClassWarning)
@@ -158,22 +163,23 @@ def measure(outputs: Outputs, *, resampled: bool = False) -> Scores:
         name: _mean([of_label[name] for of_label in of_labels])
         for name in of_labels[0]
       }
+      of_classes = {
+        metric: {name: of_labels[c][metric] for c, name in enumerate(names)}
+        for metric in by_class
+      }
     else:
       labels = targets.argmax(1)
       values = _of_classes(labels, every, weights)
-    of_classes = {}
-    for metric, about in METRICS.items():
-      if not about.by_class or len(names) > _MOST_CLASSES:
-        continue
-      of_classes[metric] = {
-        name: of_labels[c][metric]
-        if classes.multilabel
-        else about.function(
-          (labels == c).astype(int),
-          np.stack([-every[:, c], every[:, c]], 1),
-          weights,
-        )
-        for c, name in enumerate(names)
+      of_classes = {
+        metric: {
+          name: about.function(
+            (labels == c).astype(int),
+            np.stack([-every[:, c], every[:, c]], 1),
+            weights,
+          )
+          for c, name in enumerate(names)
+        }
+        for metric, about in by_class.items()
       }
   for name, about in METRICS.items():
     if about.of == metrics.LOGITS:
@@ -209,13 +215,13 @@ def _of_one_label(
   targets: np.ndarray, probability: np.ndarray, weights: np.ndarray | None
 ) -> dict[str, Number]:
   known = ~np.isnan(targets)
-  kept = None if weights is None else weights[:, known]
+  draws = None if weights is None else weights[:, known]
   if not known.any():
     nothing = np.nan if weights is None else np.full(len(weights), np.nan)
     return dict.fromkeys(METRICS, nothing)
   yes = probability[known]
   return _of_classes(
-    targets[known].astype(int), np.stack([1 - yes, yes], 1), kept
+    targets[known].astype(int), np.stack([1 - yes, yes], 1), draws
   )
 
 

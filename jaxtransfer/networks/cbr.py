@@ -17,10 +17,9 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxtransfer.networks import layers
-from jaxtransfer.networks.family import Family, Layout
+from jaxtransfer.networks.family import Family, LayerModule, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ NETWORKS = {
 }
 
 
-class Block(nnx.Module):
+class Block(LayerModule):
   """Convolution, normalisation, ReLU and perhaps a max-pool."""
 
   def __init__(
@@ -85,7 +84,7 @@ def aliases(spec: Spec) -> dict[str, str]:
 
 def make_layers(
   spec: Spec, dtype: jnp.dtype, slim_after: str | None = None
-) -> Iterator[tuple[str, nnx.Module]]:
+) -> Iterator[tuple[str, LayerModule]]:
   """Yields (name, module) in order; what is not asked for is not built."""
   channels, slim = 3, False
   for i, name in enumerate(layer_names(spec)):

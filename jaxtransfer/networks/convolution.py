@@ -392,7 +392,7 @@ def _convolve_im2col(
   half = size // 2
   height, width = x_NHWC.shape[1:3]
   x_NHWC = jnp.pad(x_NHWC, ((0, 0), (half, half), (half, half), (0, 0)))
-  outputs = tuple(-(-n // stride) for n in (height, width))
+  outputs = -(-height // stride), -(-width // stride)
   patches = _im2col(x_NHWC, (size, size), outputs, stride)
   kernel = kernel_HWIO.reshape(size * size * channels_in, channels_out)
   return _multiply(patches, kernel, precision)
@@ -454,7 +454,9 @@ def _winograd_pays(
   )
 
 
-def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
+def _combine(
+  weights: np.ndarray, arrays: Sequence[jax.Array] | jax.Array
+) -> jax.Array:
   """Returns the weighted sum, zeros left out."""
   terms = [
     array if weight == 1 else array * np.float32(weight)

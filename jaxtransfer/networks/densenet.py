@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import layers
-from jaxtransfer.networks.family import Family, Layout, children
+from jaxtransfer.networks.family import Family, LayerModule, Layout, children
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ NETWORKS = {
 }
 
 
-class Stem(nnx.Module):
+class Stem(LayerModule):
   """7x7 convolution, normalisation, ReLU and max-pool: a quarter the size."""
 
   def __init__(self, channels: int, dtype: jnp.dtype):
@@ -53,7 +52,7 @@ class Stem(nnx.Module):
     return macs, layers.halved(size)
 
 
-class DenseLayer(nnx.Module):
+class DenseLayer(LayerModule):
   """Adds `growth` channels to all channels before it, and hands on both."""
 
   def __init__(self, channels_in: int, growth: int, dtype: jnp.dtype):
@@ -76,7 +75,7 @@ class DenseLayer(nnx.Module):
     return self.conv1.macs(size)[0] + self.conv2.macs(size)[0], size
 
 
-class Transition(nnx.Module):
+class Transition(LayerModule):
   """Halves the channels and the size between two dense blocks."""
 
   def __init__(self, channels_in: int, dtype: jnp.dtype):
@@ -102,7 +101,7 @@ class Transition(nnx.Module):
     return self.conv.macs(size)[0], (size[0] // 2, size[1] // 2)
 
 
-class FinalNorm(nnx.Module):
+class FinalNorm(LayerModule):
   """The normalisation after the last block; its ReLU is the network's."""
 
   def __init__(self, channels: int, dtype: jnp.dtype):
@@ -131,7 +130,7 @@ def aliases(spec: Spec) -> dict[str, str]:
 
 def make_layers(
   spec: Spec, dtype: jnp.dtype, slim_after: str | None = None
-) -> Iterator[tuple[str, nnx.Module]]:
+) -> Iterator[tuple[str, LayerModule]]:
   """Yields (name, module) in order; what is not asked for is not built."""
   channels, growth = spec.width, spec.growth
   for name, kind in _plan(spec):
@@ -142,7 +141,7 @@ def make_layers(
         layer = DenseLayer(channels, growth, dtype)
       case "transition":
         layer = Transition(channels, dtype)
-      case "norm":
+      case _:
         layer = FinalNorm(channels, dtype)
     channels = layer.channels
     yield name, layer

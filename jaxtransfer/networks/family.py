@@ -36,6 +36,26 @@ class Layout:
     return self.rename is None
 
 
+class LayerModule(nnx.Module):
+  """One of a network's layers.
+
+  Called with (x_NHWC, train), it gives the next x_NHWC, perhaps `Measured`.
+
+  Attributes:
+    channels: of its output.
+  """
+
+  channels: int
+
+  def macs(self, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Returns its multiply-accumulates, and the size that it hands on.
+
+    Args:
+      size: (height, width) of one image's map.
+    """
+    raise NotImplementedError
+
+
 # Compared as what it is: a network, whose structure is a key of compiled
 # programs, holds it.
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +93,7 @@ class Family:
   layer_names: Callable[[Any], list[str]]
   aliases: Callable[[Any], dict[str, str]]
   make_layers: Callable[
-    [Any, jnp.dtype, str | None], Iterator[tuple[str, nnx.Module]]
+    [Any, jnp.dtype, str | None], Iterator[tuple[str, LayerModule]]
   ]
   ends: tuple[str, ...]
   layouts: tuple[Layout, ...]

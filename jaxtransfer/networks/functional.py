@@ -6,15 +6,17 @@ decided by its name there.
 """
 
 from collections.abc import Collection, Iterable
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 Arrays = dict[str, jax.Array]
 Numbers = tuple[Arrays, Arrays]
+M = TypeVar("M", bound=nnx.Module)
 
 
-def split(module: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
+def split(module: M) -> tuple[nnx.GraphDef[M], Arrays, Arrays]:
   """Returns a module's structure, parameters and statistics.
 
   Args:
@@ -24,9 +26,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
   return graph, _flat(params), _flat(statistics)
 
 
-def merge(
-  graph: nnx.GraphDef, params: Arrays, statistics: Arrays
-) -> nnx.Module:
+def merge(graph: nnx.GraphDef[M], params: Arrays, statistics: Arrays) -> M:
   """Returns the module that `split` split, with these numbers."""
   variables = [
     (_path(name), kind(value))
@@ -50,7 +50,11 @@ def kept_layers(params: Iterable[str], kept: Collection[str]) -> frozenset[int]:
     kept: names of those that are not trained.
   """
   trained = {layer_of(name) for name in params if name not in kept}
-  return frozenset({*map(layer_of, kept)} - trained - {None})
+  return frozenset(
+    layer
+    for layer in map(layer_of, kept)
+    if layer is not None and layer not in trained
+  )
 
 
 def _flat(state: nnx.State) -> Arrays:

@@ -39,7 +39,7 @@ class Conv(nnx.Module):
     *,
     stride: int = 1,
     groups: int = 1,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
   ):
     self.stride = stride
     self.groups = groups
@@ -99,7 +99,9 @@ class BatchNorm(nnx.Module):
   devices hold together.
   """
 
-  def __init__(self, channels: int, *, dtype: jnp.dtype = jnp.float32):
+  def __init__(
+    self, channels: int, *, dtype: jax.typing.DTypeLike = jnp.float32
+  ):
     self.dtype = dtype
     self.scale = nnx.Param(jnp.zeros((channels,)))
     self.bias = nnx.Param(jnp.zeros((channels,)))
@@ -253,12 +255,13 @@ def concatenate(parts: Sequence[jax.Array | Measured]) -> jax.Array | Measured:
   Args:
     parts: (N, H, W, C) each, measured all or none.
   """
-  if isinstance(parts[0], Measured):
-    maps, means, variances = zip(*parts, strict=True)
+  measured = [part for part in parts if isinstance(part, Measured)]
+  if measured:
+    maps, means, variances = zip(*measured, strict=True)
     return Measured(
       _join(*maps), jnp.concatenate(means), jnp.concatenate(variances)
     )
-  return _join(*parts)
+  return _join(*(part for part in parts if not isinstance(part, Measured)))
 
 
 def _join(*maps: jax.Array) -> jax.Array:
@@ -387,5 +390,6 @@ def average_pool(x_NHWC: jax.Array) -> jax.Array:
   """The 2x2 mean with stride 2; an odd last row or column is left out."""
   height, width = x_NHWC.shape[1] // 2, x_NHWC.shape[2] // 2
   kept = widened(x_NHWC[:, : 2 * height, : 2 * width])
-  total = sum(kept[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+  corners = [kept[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+  total = functools.reduce(jnp.add, corners)
   return (total / 4).astype(x_NHWC.dtype)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtransfer import errors
 from jaxtransfer.networks import heads
-from jaxtransfer.networks.family import Family
+from jaxtransfer.networks.family import Family, LayerModule
 from jaxtransfer.networks.layers import bare, widened
 
 
@@ -18,10 +18,7 @@ class Network(nnx.Module):
   Args:
     name: the zoo's name.
     family: whose names and initialiser hold.
-    layers: (layer name, module) in order, already cut. A module maps
-      (x_NHWC, train) to the next x_NHWC, which may be `Measured`, knows its
-      output's `channels`, and `macs(size)` gives its multiply-accumulates for
-      one image of that (height, width) and the size it hands on.
+    layers: (layer name, module) in order, already cut.
     aliases: a stage's name -> the name of its last layer.
     relu: whether a ReLU follows the last layer before pooling, as after an
       uncut DenseNet's norm5.
@@ -36,7 +33,7 @@ class Network(nnx.Module):
     self,
     name: str,
     family: Family,
-    layers: Sequence[tuple[str, nnx.Module]],
+    layers: Sequence[tuple[str, LayerModule]],
     aliases: Mapping[str, str],
     relu: bool,
     num_classes: int | None,
@@ -119,8 +116,8 @@ class Network(nnx.Module):
     Raises:
       UsageError: a name is not a layer of this (perhaps cut) network.
     """
-    wanted = {tap: self.resolve(tap) for tap in at}
-    missing = set(wanted.values())
+    layer_of = {tap: self.resolve(tap) for tap in at}
+    missing = set(layer_of.values())
     outputs: dict[str, jax.Array] = {}
     x_NHWC = images
     for name, layer in zip(self.layer_names, self.layers, strict=True):
@@ -131,7 +128,7 @@ class Network(nnx.Module):
         output_NHWC = bare(x_NHWC)
         outputs[name] = average(output_NHWC) if pool else output_NHWC
         missing.remove(name)
-    return {tap: outputs[name] for tap, name in wanted.items()}
+    return {tap: outputs[name] for tap, name in layer_of.items()}
 
   def check_size(self, side: int) -> None:
     """Follows the shapes of an image through the network, without computing.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.networks import layers
-from jaxtransfer.networks.family import Family, Layout, children
+from jaxtransfer.networks.family import Family, LayerModule, Layout, children
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ NETWORKS = {
 }
 
 
-class Stem(nnx.Module):
+class Stem(LayerModule):
   """7x7 convolution, normalisation, ReLU and max-pool: a quarter the size."""
 
   def __init__(self, dtype: jnp.dtype):
@@ -77,7 +77,7 @@ class Downsample(nnx.Module):
     return self.bn(self.conv(x_NHWC), train)
 
 
-class Block(nnx.Module):
+class Block(LayerModule):
   """A residual block: two 3x3, or 1x1-3x3-1x1, with its shortcut.
 
   Args:
@@ -157,7 +157,7 @@ def aliases(spec: Spec) -> dict[str, str]:
 
 def make_layers(
   spec: Spec, dtype: jnp.dtype, slim_after: str | None = None
-) -> Iterator[tuple[str, nnx.Module]]:
+) -> Iterator[tuple[str, LayerModule]]:
   """Yields (name, module) in order; what is not asked for is not built."""
   stem = Stem(dtype)
   yield "stem", stem

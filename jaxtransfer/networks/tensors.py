@@ -36,7 +36,7 @@ def _under(
     parts = ".".join(map(str, path[:-1]))
     parts = modules.get(parts, parts)
     inside = f"{parts}." if parts else ""
-    yield f"{prefix}{inside}{_SUFFIXES[path[-1]]}", variable
+    yield f"{prefix}{inside}{_SUFFIXES[str(path[-1])]}", variable
 
 
 def shapes(model: Network) -> dict[str, tuple[int, ...]]:
@@ -80,12 +80,12 @@ def load(model: Network, tensors: Mapping[str, np.ndarray]) -> None:
 
 def dump(model: Network) -> dict[str, np.ndarray]:
   """Returns {torchvision name: float32 array in torch's layout}."""
-  found = {}
+  arrays = {}
   for name, variable in _variables(model):
     value = np.asarray(jax.device_get(variable.get_value()))
     order = _permute(range(value.ndim), to_torch=True)
-    found[name] = np.ascontiguousarray(value.transpose(order))
-  return found
+    arrays[name] = np.ascontiguousarray(value.transpose(order))
+  return arrays
 
 
 def random(model: Network, seed: int) -> dict[str, np.ndarray]:
@@ -106,15 +106,15 @@ def random(model: Network, seed: int) -> dict[str, np.ndarray]:
     torch.nn.Linear. CBR's is not published; it gets Kaiming normal, fan-in.
   """
   family = model.family
-  values = {}
-  for name, shape in shapes(model).items():
+  values, of_all = {}, shapes(model)
+  for name, shape in of_all.items():
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if len(shape) == 4:
       fan = shape[0] if family.fan == "out" else shape[1]
       std = np.sqrt(2 / (fan * shape[2] * shape[3]))
       value = generator.standard_normal(shape) * std
     elif name in family.head_names and (len(shape) == 2 or family.head_bias):
-      fan = model.head.kernel.shape[0]
+      fan = of_all[family.head_names[0]][1]
       value = generator.uniform(-1, 1, shape) / np.sqrt(fan)
     else:
       # Normalisation begins as the identity, DenseNet's head without bias.

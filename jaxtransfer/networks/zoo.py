@@ -75,7 +75,7 @@ def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   """
   network = build(name)
   stages = {layer: alias for alias, layer in network.aliases}
-  found = []
+  table = []
   strided = (224, 224)
   for layer_name, layer, (params, macs) in zip(
     network.layer_names,
@@ -85,10 +85,10 @@ def list_layers(name: str, image_size: int = 224) -> tuple[Layer, ...]:
   ):
     strided = layer.macs(strided)[1]
     for alias in filter(None, [layer_name, stages.get(layer_name)]):
-      found.append(
+      table.append(
         Layer(alias, layer.channels, 224 // strided[0], params, macs)
       )
-  return tuple(found)
+  return tuple(table)
 
 
 def count(
@@ -162,7 +162,7 @@ def build(
   *,
   until: str | None = None,
   num_classes: int | None = None,
-  dtype: jnp.dtype = jnp.float32,
+  dtype: jax.typing.DTypeLike = jnp.float32,
   final_relu: bool = True,
   flatten: int | None = None,
   slim_after: str | None = None,
@@ -197,10 +197,10 @@ def build(
   aliases = kind.aliases(spec)
   last = names[-1] if until is None else aliases.get(until, until)
   if last not in names:
-    raise unknown_layer(name, until, names, aliases)
+    raise unknown_layer(name, last, names, aliases)
   full = None if slim_after is None else aliases.get(slim_after, slim_after)
   if full is not None and full not in names:
-    raise unknown_layer(name, slim_after, names, aliases)
+    raise unknown_layer(name, full, names, aliases)
   if full is not None and names.index(full) >= names.index(last):
     raise errors.UsageError(
       f"slim_after={slim_after!r}: nothing after it in {name}, which ends with"
@@ -209,15 +209,15 @@ def build(
   dtype = jnp.dtype(dtype)
 
   def construct() -> Network:
-    kept = []
+    layers = []
     for layer in kind.make_layers(spec, dtype, full):
-      kept.append(layer)
+      layers.append(layer)
       if layer[0] == last:
         break
     return Network(
       name,
       kind,
-      kept,
+      layers,
       aliases,
       relu=kind.final_relu and until is None and final_relu,
       num_classes=num_classes,

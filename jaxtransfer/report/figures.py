@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
@@ -129,9 +130,8 @@ def depth_panels(
   marks = [mark for mark in marks if mark.tap in taps]
   figure = Figure(
     figsize=(width, sum(heights) + below / 72 + 0.19 * len(marks) + 0.45),
-    layout="constrained",
+    layout=ConstrainedLayoutEngine(h_pad=4 / 72, w_pad=4 / 72),
   )
-  figure.get_layout_engine().set(h_pad=4 / 72, w_pad=4 / 72)
   axes = figure.subplots(
     len(heights),
     columns,
@@ -398,7 +398,7 @@ def legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
     )
 
 
-def score_limits(axis: Axes, metric: str) -> None:
+def score_limits(axis: Axes, metric: str | None) -> None:
   """Keeps a score's axis at or below one and shows where chance is.
 
   Args:
@@ -464,8 +464,7 @@ def pareto_panels(
   """
   marks = [mark for mark in marks if mark.tap in names]
   size = (6.8, 0.4 + 3.3 * len(costs)) if stacked else (_LEAST_WIDTH, 3.3)
-  figure = Figure(figsize=size, layout="constrained")
-  figure.get_layout_engine().set(w_pad=6 / 72)
+  figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=6 / 72))
   shape = (len(costs), 1) if stacked else (1, len(costs))
   axes = list(figure.subplots(*shape, sharey=True, squeeze=False).flat)
   for axis, (cost, name) in zip(axes, costs, strict=True):
@@ -478,7 +477,7 @@ def pareto_panels(
   figure.set_layout_engine("none")
   for axis, (cost, _) in zip(axes, costs, strict=True):
     marked = [names.index(mark.tap) for mark in marks]
-    front = np.flatnonzero(pareto_front(cost, series.value))
+    front = np.flatnonzero(pareto_front(cost, series.value)).tolist()
     if wanted is not None:
       others = [*front, *wanted]
     elif len(names) <= 12:
@@ -486,6 +485,7 @@ def pareto_panels(
     else:
       others = [i for i, name in enumerate(names) if "." not in name]
     _name_points(
+      figure,
       axis,
       np.stack([cost, series.value], axis=1),
       names,
@@ -551,6 +551,7 @@ def _draw_pareto(
 
 
 def _name_points(
+  figure: Figure,
   axis: Axes,
   points: np.ndarray,
   names: Sequence[str],
@@ -564,8 +565,8 @@ def _name_points(
   The figure's layout is settled before and left alone from then on, so that
   what does not overlap now does not later.
   """
-  renderer = FigureCanvasAgg(axis.figure).get_renderer()
-  scale = axis.figure.dpi / 72
+  renderer = FigureCanvasAgg(figure).get_renderer()
+  scale = figure.dpi / 72
   pixels = axis.transData.transform(points)
   taken = [
     Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale)
@@ -647,8 +648,8 @@ def _inline(svg: str, name: str) -> Html:
   svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg)
   svg = svg.replace("url(#", f"url(#{name}-")
   opening = svg[: svg.index(">")]
-  box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
-  width, height = map(float, box.groups())
+  (sides,) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
+  width, height = map(float, sides)
   # A figure wider than a phone scrolls rather than becoming unreadable.
   least = f"min-width:{0.82 * width:.0f}px;" if width > 420 else ""
   return Html(

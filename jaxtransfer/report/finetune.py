@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from jaxtransfer import results
 from jaxtransfer.report import figures, fonts, operating, tables
@@ -79,7 +80,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
 
   def picture(name: str, title: str, caption: str) -> Picture | None:
     figure = drawn[name]
-    return figure and Picture(name, figure, title, caption)
+    return None if figure is None else Picture(name, figure, title, caption)
 
   metric = results.metric_name(summary.get("metric"))
   sections = [
@@ -196,7 +197,9 @@ def confusion(summary: Mapping[str, Any]) -> Figure | None:
     axis.imshow(shares, cmap=_BLUES, vmin=0, vmax=1)
     ticks = range(len(names))
     font = {"fontfamily": labels.families}
-    slant = {"rotation": 45, "ha": "right"} if not labels.numbered else {}
+    slant: dict[str, Any] = {}
+    if not labels.numbered:
+      slant = {"rotation": 45, "ha": "right"}
     axis.set_xticks(ticks, names, **slant, **font)
     axis.set_yticks(ticks, names, **font)
     axis.set_xlabel("predicted")
@@ -246,8 +249,8 @@ def ranking(
   if not drawn:
     return None
   with figures.style():
-    figure = Figure(figsize=(6.8, 3.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=6 / 72)
+    layout = ConstrainedLayoutEngine(w_pad=6 / 72)
+    figure = Figure(figsize=(6.8, 3.5), layout=layout)
     axes = figure.subplots(1, 2)
     for kind, axis, (x_label, y_label) in zip(
       kinds,

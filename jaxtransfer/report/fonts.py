@@ -62,8 +62,8 @@ def key(names: Sequence[str]) -> Html | None:
   Args:
     names: as `labels` takes them.
   """
-  found = labels(names)
-  if not found.numbered:
+  texts = labels(names)
+  if not texts.numbered:
     return None
   return join(
     tag(
@@ -76,7 +76,7 @@ def key(names: Sequence[str]) -> Html | None:
       "dl",
       *(
         join(tag("dt", number), tag("dd", tag("bdi", str(name))))
-        for number, name in zip(found.words, names, strict=True)
+        for number, name in zip(texts.words, names, strict=True)
       ),
     ),
   )
@@ -96,9 +96,9 @@ def _families(letters: frozenset[str]) -> list[str] | None:
   families = [USUAL]
   if missing:
     for name in _others():
-      if found := _has(name, missing):
+      if font := _has(name, missing):
         families.append(name)
-        missing -= found
+        missing -= font
       if not missing:
         break
   return None if missing else families

@@ -48,7 +48,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
 
   def picture(name: str, title: str, caption: str) -> Picture | None:
     figure = drawn[name]
-    return figure and Picture(name, figure, title, caption)
+    return None if figure is None else Picture(name, figure, title, caption)
 
   sections = [
     Section(
@@ -309,22 +309,22 @@ def probes(
   Returns:
     The figure, or None where no score was measured.
   """
-  found = measurements.values_of(
+  names = measurements.values_of(
     "probe", measured=True, metric=summary.get("metric"), split="test"
   )
-  found.sort(key=lambda p: list(PROBES).index(p) if p in PROBES else 99)
-  if not found:
+  names.sort(key=lambda p: list(PROBES).index(p) if p in PROBES else 99)
+  if not names:
     return None
   # A last row of one panel would leave the panel above without tap names.
-  columns = 2 if len(found) % 2 == 0 else 1
+  columns = 2 if len(names) % 2 == 0 else 1
   with figures.style():
     figure, axes = figures.depth_panels(
       summary["taps"],
-      [1.9] * (len(found) // columns),
+      [1.9] * (len(names) // columns),
       _marks(summary),
       columns,
     )
-    for i, (axis, probe) in enumerate(zip(axes, found, strict=True)):
+    for i, (axis, probe) in enumerate(zip(axes, names, strict=True)):
       _pretrained_and_random(summary, measurements, axis, probe)
       axis.set_title(_probe(probe))
       if i % columns == 0:
@@ -407,7 +407,7 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
     "peak memory",
   ]
   # What no run measured takes no column.
-  kept = [
+  columns = [
     j
     for j in range(len(header))
     if j < 2 or any(row[j] != tables.ABSENT for row in rows)
@@ -437,8 +437,8 @@ def tap_table(summary: Mapping[str, Any], measurements: Measurements) -> Html:
     words += f" (sums were {min(ratios):.2f} to {max(ratios):.2f} of these)."
   return tables.table(
     words,
-    [header[j] for j in kept],
-    [[row[j] for j in kept] for row in rows],
+    [header[j] for j in columns],
+    [[row[j] for j in columns] for row in rows],
     ["chosen" if tap == summary.get("cut") else None for tap in taps],
   )
 
@@ -463,7 +463,7 @@ def _metric(summary: Mapping[str, Any]) -> str:
 
 
 def _probe(name: str | None) -> str:
-  return PROBES.get(name, str(name or "unnamed probe"))
+  return PROBES.get(name or "", str(name or "unnamed probe"))
 
 
 def _scores(
@@ -488,8 +488,12 @@ def _marks(summary: Mapping[str, Any]) -> list[Mark]:
   cut, best = summary.get("cut"), summary.get("best")
   if cut is not None and cut == best:
     return [Mark(cut, "cut and best")]
-  marks = [Mark(cut, "cut"), Mark(best, "best", figures.GREEN, "--")]
-  return [mark for mark in marks if mark.tap in summary["taps"]]
+  marks, taps = [], summary["taps"]
+  if cut is not None and cut in taps:
+    marks.append(Mark(cut, "cut"))
+  if best is not None and best in taps:
+    marks.append(Mark(best, "best", figures.GREEN, "--"))
+  return marks
 
 
 def _pretrained_and_random(
@@ -499,9 +503,9 @@ def _pretrained_and_random(
   probe: str | None,
 ) -> None:
   taps = summary["taps"]
-  said = {"metric": summary.get("metric"), "probe": probe, "split": "test"}
-  seeds = measurements.values_of("seed", weights=_RANDOM, **said)
-  random = measurements.series(taps, weights=_RANDOM, **said)
+  selection = {"metric": summary.get("metric"), "probe": probe, "split": "test"}
+  seeds = measurements.values_of("seed", weights=_RANDOM, **selection)
+  random = measurements.series(taps, weights=_RANDOM, **selection)
   if random.measured or seeds:
     figures.draw_curve(
       axis,
@@ -511,7 +515,7 @@ def _pretrained_and_random(
       line="--",
       marker="s",
       members=[
-        measurements.series(taps, weights=_RANDOM, seed=seed, **said)
+        measurements.series(taps, weights=_RANDOM, seed=seed, **selection)
         for seed in seeds
       ],
       members_label="single random networks",
@@ -519,7 +523,7 @@ def _pretrained_and_random(
   if summary.get("weights") != _RANDOM:
     figures.draw_curve(
       axis,
-      measurements.series(taps, weights=summary.get("weights"), **said),
+      measurements.series(taps, weights=summary.get("weights"), **selection),
       label="pretrained",
       colour=figures.BLUE,
     )

@@ -172,7 +172,7 @@ def write(
     _header(job, content.title, summary),
     _notes(summary),
     *(
-      _section(section.heading, *map(block, section.blocks))
+      _section(section.heading, *map(block, filter(None, section.blocks)))
       for section in content.sections
     ),
     _section(

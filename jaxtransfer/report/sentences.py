@@ -53,7 +53,7 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
   def score(tap: str) -> str:
     return _number({**of(tap), "low": None}, "value", metric, bare=True)
 
-  said = []
+  sentences = []
   random, over = summary["random_best"], of(cut, "over_random")
   if _sign(over) != 1:
     first = "Pretraining is not shown to help here"
@@ -61,7 +61,7 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
       first = "Random weights do better here"
     elif _sign(over) == 0 and over["value"] <= summary["tolerance"]:
       first = "Random weights do as well here"
-    said.append(
+    sentences.append(
       f"{first}: random weights, read after {random}, score"
       f" {_number(of(random, weights='random'), 'value', metric)}; the"
       f" pretrained ones at the cut {_signed(over)} more."
@@ -71,7 +71,7 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
   same = [tap for tap in shallower if not _sign(against[tap])]
   whole_score = _number(of(cut), "value", metric)
   if same:
-    said.append(
+    sentences.append(
       f"These images leave open where to cut, between {same[0]} and {cut}:"
       f" {same[0]} scores {score(same[0])} with {share(same[0])}, {cut}"
       f" {whole_score} with {share(cut)}, a difference of"
@@ -79,17 +79,17 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
       f" validation rules out a loss above {summary['tolerance']:g}."
     )
   elif cut == taps[-1]:
-    said.append(f"Keep all layers up to {cut}: {whole_score}.")
+    sentences.append(f"Keep all layers up to {cut}: {whole_score}.")
   else:
     speed = measurements.cost([cut, taps[-1]], "images_per_second")
-    said.append(
+    sentences.append(
       f"Cut after {cut}: {whole_score}, with {share(cut)} and"
       f" {speed[0] / speed[1]:.1f}x the speed of all layers up to {taps[-1]}."
     )
   better = [tap for tap in shallower if _sign(against[tap]) == 1]
   if better:
     tap = max(better, key=lambda t: against[t]["value"])
-    said.append(
+    sentences.append(
       f"On the test split {tap}, which is shallower, scores more: {score(tap)},"
       f" {_signed(against[tap])}."
     )
@@ -98,18 +98,22 @@ def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
   for tap, what in others.items():
     if tap != cut:
       difference = of(tap, "against_cut")
-      shown = {1: "more than the cut", -1: "less than the cut"}.get(
+      signs: dict[int | None, str] = {
+        1: "more than the cut",
+        -1: "less than the cut",
+      }
+      shown = signs.get(
         _sign(difference), "no difference that these images can show"
       )
-      said.append(
+      sentences.append(
         f"{tap}, {what}, scores {score(tap)}: {_signed(difference)}, {shown}."
       )
   if random != cut or _sign(over) == 1:
-    said.append(
+    sentences.append(
       f"At {cut} pretrained weights give {_signed(of(cut, 'gain'))} {word} over"
       " random ones read at the same layer."
     )
-  return " ".join(said)
+  return " ".join(sentences)
 
 
 def of_truncate(summary: Mapping[str, Any]) -> str:
@@ -135,23 +139,23 @@ def of_truncate(summary: Mapping[str, Any]) -> str:
     for row in table
     if row is not chosen and row is not whole and _mean(row, metric) is not None
   ]
-  best = max(others, key=lambda row: _mean(row, metric), default=None)
+  best = max(others, key=lambda row: _mean(row, metric) or 0.0, default=None)
 
   own = _doubts("the network", chosen)
   if not own and (missed := summary["exported"]["missed"]):
     which = f"the exported network, seed {summary['exported']['seed']},"
     own = [_not_found(which, missed)]
   about = []
-  said = [_verdict(summary["whole"], chosen, whole, metric)]
+  sentences = [_verdict(summary["whole"], chosen, whole, metric)]
   if whole is not None and whole is not chosen:
     about += _doubts("the whole network", whole, brief=True)[:1]
-    said.append(_compared(chosen["against_ftl"][metric]))
+    sentences.append(_compared(chosen["against_ftl"][metric]))
   if best is not None:
     about += _doubts("the best of the others", best, brief=True)[:1]
-    said.append(_best_of_others(best, metric))
+    sentences.append(_best_of_others(best, metric))
   lead = "Do not rely on it" if own else "Read this with care"
   late = unfinished(summary["unfinished"])
-  return _with_doubts(said, lead, own + about, late)
+  return _with_doubts(sentences, lead, own + about, late)
 
 
 def of_finetune(
@@ -234,14 +238,14 @@ def unfinished(of: Mapping[str, int]) -> str | None:
 
 
 def _with_doubts(
-  said: list[str], lead: str, doubts: list[str], late: str | None
+  sentences: list[str], lead: str, doubts: list[str], late: str | None
 ) -> str:
   if doubts:
     doubts = [*doubts, *filter(None, [late])]
-    said = [f"{lead}: {_and(doubts, ';')}.", *said]
+    sentences = [f"{lead}: {_and(doubts, ';')}.", *sentences]
   elif late:
-    said = [*said, f"{late[0].upper()}{late[1:]}."]
-  return " ".join(said)
+    sentences = [*sentences, f"{late[0].upper()}{late[1:]}."]
+  return " ".join(sentences)
 
 
 def _verdict(name: str, chosen: Row, whole: Row | None, metric: str) -> str:
@@ -262,7 +266,7 @@ def _verdict(name: str, chosen: Row, whole: Row | None, metric: str) -> str:
   )
 
 
-def _compared(difference: Mapping[str, float | None]) -> str:
+def _compared(difference: Row) -> str:
   """Returns the sentence on the cut less the whole network."""
   sign = _sign(difference)
   if sign is None:
@@ -305,8 +309,8 @@ def _doubts(name: str, row: Row, *, brief: bool = False) -> list[str]:
     doubts.append(f"{name} hardly finds {len(missed):,} classes")
   elif missed:
     average = seeds > 1 and not brief
-    said = f"{name}, on average over {seeds} seeds," if average else name
-    doubts.append(_not_found(said, missed, seeds))
+    who = f"{name}, on average over {seeds} seeds," if average else name
+    doubts.append(_not_found(who, missed, seeds))
   balanced = row["test"]["balanced_accuracy"]
   least = balanced["mean"] if balanced["low"] is None else balanced["low"]
   if least is not None and least <= row["chance"]:
@@ -320,28 +324,30 @@ def _doubts(name: str, row: Row, *, brief: bool = False) -> list[str]:
 
 def _not_found(name: str, missed: Sequence[Row], repeats: int = 1) -> str:
   """Says of what classes a network finds hardly an image."""
-  said = []
+  parts = []
   for one in missed[:_NAMED]:
-    images, found, taken = (
+    images, hits, alarms = (
       round(one[key] / repeats) for key in ("images", "found", "taken")
     )
     kind, instead = tables.shorten(one["class"]), one["instead"]
     if instead is True:
-      said.append(f"calls {taken:,} of {images:,} images without {kind} {kind}")
+      parts.append(
+        f"calls {alarms:,} of {images:,} images without {kind} {kind}"
+      )
     elif instead is False:
-      said.append(f"finds {kind} in {found:,} of {images:,} images with it")
-    elif taken + found == images:
+      parts.append(f"finds {kind} in {hits:,} of {images:,} images with it")
+    elif alarms + hits == images:
       instead = tables.shorten(instead)
-      said.append(f"calls {taken:,} of {images:,} {kind} images {instead}")
+      parts.append(f"calls {alarms:,} of {images:,} {kind} images {instead}")
     else:
-      said.append(
-        f"finds {found:,} of {images:,} {kind} images (calls {taken:,}"
+      parts.append(
+        f"finds {hits:,} of {images:,} {kind} images (calls {alarms:,}"
         f" {tables.shorten(instead)})"
       )
   more = len(missed) - _NAMED
   if more > 0:
-    said.append(f"hardly finds {more:,} more class{'es' * (more > 1)}")
-  return f"{name} {_and(said)}"
+    parts.append(f"hardly finds {more:,} more class{'es' * (more > 1)}")
+  return f"{name} {_and(parts)}"
 
 
 def _mean(row: Row, metric: str) -> float | None:
@@ -371,7 +377,7 @@ def _sign(difference: Mapping[str, float | None]) -> int | None:
   return (low > 0) - (high < 0)
 
 
-def _size(difference: Mapping[str, float]) -> str:
+def _size(difference: Row) -> str:
   """Returns a difference that is not zero without its sign."""
   value, *ends = (abs(difference[key]) for key in ("value", "low", "high"))
   low, high = sorted(ends)

@@ -47,7 +47,7 @@ class Measurements:
   def series(
     self,
     taps: Sequence[str],
-    metric: str,
+    metric: str | None,
     *,
     weights: str | None = None,
     probe: str | None = None,
@@ -89,29 +89,29 @@ class Measurements:
     Returns:
       (N,) float64, NaN where it was not measured.
     """
-    found = {
+    values = {
       row.get("tap"): row.get("value")
       for row in self.rows
       if row.get("metric") == metric and row.get("probe") is None
     }
-    return np.array([finite(found.get(tap)) for tap in taps], np.float64)
+    return np.array([finite(values.get(tap)) for tap in taps], np.float64)
 
   def values_of(
-    self, key: str, *, measured: bool = False, **said: Any
+    self, key: str, *, measured: bool = False, **selection: Any
   ) -> list[Any]:
-    """Returns what stands under `key` in the rows that say `said`, in order.
+    """Returns what stands under `key` in some rows, in their order.
 
     Args:
       key: the column.
       measured: whether rows without a value are passed over.
-      **said: columns and what they must say.
+      **selection: columns and what they must say.
     """
     return list(
       dict.fromkeys(
         row.get(key)
         for row in self.rows
         if row.get(key) is not None
-        and all(row.get(k) == v for k, v in said.items())
+        and all(row.get(k) == v for k, v in selection.items())
         and not (measured and math.isnan(finite(row.get("value"))))
       )
     )
@@ -156,14 +156,14 @@ def _not_finite(value: Any) -> bool:
   return isinstance(value, (float, np.floating)) and not math.isfinite(value)
 
 
-def score(value: float, *, signed: bool = False) -> str:
+def score(value: float | None, *, signed: bool = False) -> str:
   """Returns a score with three decimals and a true minus sign.
 
   Args:
-    value: the score; NaN becomes a dash.
+    value: the score; None and NaN become a dash.
     signed: whether a positive number carries its plus.
   """
-  if not math.isfinite(value):
+  if value is None or not math.isfinite(value):
     return ABSENT
   # A rounded zero has no sign: neither +0.000 nor -0.000 says anything.
   value = round(value, 3) or 0.0

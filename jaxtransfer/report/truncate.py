@@ -51,7 +51,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
   def picture(
     name: str, figure: Figure | None, title: str, caption: str
   ) -> Picture | None:
-    return figure and Picture(name, figure, title, caption)
+    return None if figure is None else Picture(name, figure, title, caption)
 
   exported = _exported(summary)
   confusion_title, confusion_caption = finetune.CONFUSION_WORDS
@@ -173,22 +173,22 @@ def search(summary: Mapping[str, Any]) -> Figure | None:
     The figure, or None where no cut has a score.
   """
   taps = summary["taps"]
-  found = {
+  points_of = {
     method: points
     for method in _methods(summary)
     if (points := _points(summary, method))
   }
-  if not found:
+  if not points_of:
     return None
   cut = summary.get("cut")
-  marks = [Mark(cut, "cut")] if cut in taps else []
+  marks = [] if cut is None or cut not in taps else [Mark(cut, "cut")]
   share = _share_of_macs(summary)
   heights = [2.9, 0.75] if np.isfinite(share).any() else [2.9]
   with figures.style():
     figure, (main, *below) = figures.depth_panels(taps, heights, marks)
     # TTL last, on top of the others and first in the legend.
-    for method in sorted(found, key=lambda m: m == "ttl"):
-      _draw_method(main, found[method], method)
+    for method in sorted(points_of, key=lambda m: m == "ttl"):
+      _draw_method(main, points_of[method], method)
     figures.name_marks(main, taps, marks)
     main.set_ylabel(f"validation {_metric(summary)}")
     figures.score_limits(main, summary.get("metric"))
@@ -209,9 +209,9 @@ class _Point(NamedTuple):
 
 
 def _methods(summary: Mapping[str, Any]) -> list[str]:
-  found = {str(item.get("method")) for item in summary.get("search") or ()}
-  known = [method for method in _METHODS if method in found]
-  return known + sorted(found - set(known))
+  names = {str(item.get("method")) for item in summary.get("search") or ()}
+  known = [method for method in _METHODS if method in names]
+  return known + sorted(names - set(known))
 
 
 def _points(summary: Mapping[str, Any], method: str) -> list[_Point]:
@@ -427,8 +427,8 @@ def learning(summary: Mapping[str, Any]) -> Figure | None:
         first = j == 0
 
         def of(key: str, run: Sequence[Mapping[str, Any]] = run) -> list[float]:
-          found = (record.get("val") or {} for record in run)
-          return [tables.finite(scores.get(key)) for scores in found]
+          validations = (record.get("val") or {} for record in run)
+          return [tables.finite(scores.get(key)) for scores in validations]
 
         train = [tables.finite(record.get("loss")) for record in run]
         shown = {
@@ -516,7 +516,7 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     f"images/s, batch {summary.get('cost_batch_size') or tables.ABSENT}",
     "training",
   ]
-  kept = [
+  columns = [
     j
     for j in range(len(header))
     if not j or any(row[j] != tables.ABSENT for row in rows)
@@ -537,8 +537,8 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     words += " Percentages compare MACs with the whole network."
   return tables.table(
     words,
-    [header[j] for j in kept],
-    [[row[j] for j in kept] for row in rows],
+    [header[j] for j in columns],
+    [[row[j] for j in columns] for row in rows],
     ["chosen" if item.get("chosen") else None for item in items],
   )
 
@@ -617,7 +617,7 @@ def search_table(summary: Mapping[str, Any]) -> Html | None:
     "MACs",
     "stopped",
   ]
-  kept = len(header) - (not any(item.get("stopped") for item in items))
+  width = len(header) - (not any(item.get("stopped") for item in items))
   words = "In the order of training. Means over"
   words += f" {summary.get('repeats') or 'repeats'}, intervals in brackets."
   if halving := summary.get("halving"):
@@ -627,8 +627,8 @@ def search_table(summary: Mapping[str, Any]) -> Html | None:
     tag("summary", f"All {len(rows):,} cuts that were tried"),
     tables.table(
       words,
-      header[:kept],
-      [row[:kept] for row in rows],
+      header[:width],
+      [row[:width] for row in rows],
       ["chosen" if item.get("chosen") else None for item in items],
     ),
   )

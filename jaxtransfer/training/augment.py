@@ -5,7 +5,6 @@ device it is in: the step makes the key from (seed, step, row of the source).
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +157,7 @@ def _grey(x_HWC: jax.Array) -> jax.Array:
   return _colours(x_HWC, _LUMA[None])
 
 
-def _colours(x_HWC: jax.Array, matrix: Sequence) -> jax.Array:
+def _colours(x_HWC: jax.Array, matrix: jax.typing.ArrayLike) -> jax.Array:
   """Maps every pixel's colour by a matrix, in full precision."""
   return jnp.einsum(
     "hwc,dc->hwd", x_HWC, matrix, precision=jax.lax.Precision.HIGHEST

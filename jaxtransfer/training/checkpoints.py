@@ -203,26 +203,28 @@ class Checkpoints:
       RunError: there are checkpoints, but none is whole, or the disk or the
         memory does not let one be read; all are left as they are.
     """
-    read, about, notes = None, None, []
+    arrays, about, notes = None, None, []
     if self._manager is not None:
-      read, about, notes = self._read(tree)
+      arrays, about, notes = self._read(self._manager, tree)
     about, notes = parallel.all_gather([about, notes])[0]
     if about is None:
       return None, notes
     self.newest, self._kept.best = about["number"], about["best"]
     # The other processes give what has the right shapes.
-    whole = parallel.broadcast(tree if read is None else read)
+    whole = parallel.broadcast(tree if arrays is None else arrays)
     return Saved(whole, **{k: about[k] for k in _ABOUT if k != "best"}), notes
 
-  def _read(self, tree: Any) -> tuple[Any, dict[str, Any] | None, list[str]]:
+  def _read(
+    self, manager: ocp.CheckpointManager, tree: Any
+  ) -> tuple[Any, dict[str, Any] | None, list[str]]:
     """Returns the arrays, what was saved beside them, and notes."""
     shapes = {
       name: np.zeros(x.shape, x.dtype) for name, x in _named(tree).items()
     }
     damaged: dict[int, str] = {}
-    for number in sorted(self._manager.all_steps(), reverse=True):
+    for number in sorted(manager.all_steps(), reverse=True):
       try:
-        restored = self._manager.restore(
+        restored = manager.restore(
           number,
           args=ocp.args.Composite(
             arrays=ocp.args.StandardRestore(shapes),
@@ -236,14 +238,16 @@ class Checkpoints:
             raise ValueError(f"{name} has another checksum")
         leaves = [arrays[name] for name in shapes]
         whole = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        kept = {key: about[key] for key in _ABOUT}
+        state = {key: about[key] for key in _ABOUT}
       # Whatever a damaged file makes its reader raise.
       except Exception as e:  # noqa: BLE001
         self._check_readable(number, e)
         damaged[number] = _first_line(e)
         continue
       notes = [self._move_aside(*item) for item in damaged.items()]
-      return whole, {**kept, "number": number}, notes
+      if damaged:
+        manager.reload()
+      return whole, {**state, "number": number}, notes
     if damaged:
       raise errors.RunError(
         f"{self._directory}: no checkpoint can be read; the newest:"
@@ -291,7 +295,6 @@ class Checkpoints:
     # Empty and of a new name, it is replaced by what is moved there.
     aside = tempfile.mkdtemp(prefix=f"damaged-{number}-", dir=self._directory)
     path.replace(aside)
-    self._manager.reload()
     return (
       f"{path} is damaged ({reason}); it was moved to {aside}, and the"
       " checkpoint before it is used"
@@ -350,4 +353,4 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -61,7 +61,10 @@ class Objective:
   def __post_init__(self):
     optimisers.check_one_of("batch_norm", self.batch_norm, BATCH_NORM)
 
-  sums = ("loss", "weight", "hits", "decisions")
+  @property
+  def sums(self) -> tuple[str, ...]:
+    """Names of what it adds up over images."""
+    return "loss", "weight", "hits", "decisions"
 
   @property
   def apart(self) -> bool:
@@ -190,7 +193,8 @@ class ImageTask:
       max_failures=config.data.max_failures,
       patience=config.patience,
     )
-    graph, *self._start = functional.split(network)
+    graph, params, statistics = functional.split(network)
+    self._start = params, statistics
     self._objective = Objective(
       graph=graph,
       loss=steps.Loss(

@@ -42,50 +42,29 @@ class Journal(Protocol):
     """Writes these lines in place of all that are there."""
 
 
-class Batches(Protocol):
-  """The batches of a whole training, all epochs, in a fixed order.
+class Batches(pipeline.Source, inference.Fallible, Protocol):
+  """The batches of a whole training, all epochs, the same number in each."""
 
-  Attributes:
-    failures: (name, reason) of all that could not be read so far.
-  """
-
-  failures: pipeline.Failures
-
-  def __len__(self) -> int:
-    """Returns how many there are, the same number in each epoch."""
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    """Returns the next batch: this process's part of it."""
-
-  def get_state(self) -> dict[str, Any]:
-    """Returns the place in the order, as JSON values.
-
-    `failures` in it are (row, reason) of what could not be read so far.
-    """
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to where `get_state` was called."""
-
-  def add_failures(self, failures: inference.Failures) -> None:
-    """Takes up what others could not read."""
-
-  def close(self) -> None:
-    """Ends whatever reads."""
+  @property
+  def failures(self) -> pipeline.Failures:
+    """(name, reason) of all that could not be read so far."""
 
 
 class Task(Protocol):
   """What is trained.
 
   Attributes:
-    batches: of all epochs; the loop closes them.
     recipe: what a step does, for the lines.
     failures: name -> why it could not be read; the loop adds what training and
       validation met.
   """
 
-  batches: Batches
   recipe: steps.Recipe
   failures: dict[str, str]
+
+  @property
+  def batches(self) -> Batches:
+    """Those of all epochs; the loop closes them."""
 
   def first_state(self) -> steps.State:
     """Returns the state before the first step, always the same."""
@@ -223,7 +202,7 @@ def fit(
     pipeline.prefetch(task.batches, task.put) as batches,
     checkpoints.Checkpoints(
       directory / "checkpoints", settings.checkpoints
-    ) as kept,
+    ) as store,
   ):
     run = _Run(
       task,
@@ -231,14 +210,14 @@ def fit(
       devices,
       journal,
       batches,
-      kept,
+      store,
       devices.agreed(asked_to_end),
     )
     try:
       ended = run.train(stop_after)
     except inference.Stopped:
       run.save()
-      kept.wait()
+      store.wait()
       raise SystemExit(signals.PREEMPTED) from None
     return run.fitted(ended)
 
@@ -253,7 +232,7 @@ class _Run:
     devices: parallel.Devices,
     journal: Journal,
     batches: pipeline.Prefetched,
-    kept: checkpoints.Checkpoints,
+    store: checkpoints.Checkpoints,
     preempted: Callable[[], bool],
   ):
     self._task = task
@@ -261,7 +240,7 @@ class _Run:
     self._devices = devices
     self._journal = journal
     self._batches = batches
-    self._kept = kept
+    self._store = store
     self._preempted = preempted
     self._steps = len(task.batches)
     self._per_epoch = self._steps // settings.epochs
@@ -269,7 +248,8 @@ class _Run:
     self._unreadable: inference.Failures = []  # of validation
     # Of the epoch in hand, but for the first step of a process, which
     # compiles: before the last pause of the clock, and when it went on.
-    self._spent, self._began = 0.0, None
+    self._spent = 0.0
+    self._began: float | None = None
     self._clock = _Clock(settings.unit)
     self._running: collections.deque[jax.Array] = collections.deque()
     state = task.first_state()
@@ -280,7 +260,7 @@ class _Run:
 
   def _restore(self, state: steps.State) -> steps.State:
     """Returns the state to go on from: the newest saved, or the first."""
-    saved, self._notes = self._kept.restore((state, self._best))
+    saved, self._notes = self._store.restore((state, self._best))
     if saved is not None:
       (state, self._best), self._records = (
         saved.tree,
@@ -332,12 +312,12 @@ class _Run:
     """Begins to save where training is, if it is not saved yet."""
     # An epoch's end is saved once before its validation and once after it.
     number = self._done + len(epochs_of(self._records))
-    if number == self._kept.newest:
+    if number == self._store.newest:
       return
     place = dict(self._batches.get_state())
     place["failures"] = inference.gather_failures(place["failures"])
     place["unreadable"] = self._unreadable
-    self._kept.save(
+    self._store.save(
       number,
       (self._state, self._best),
       place,
@@ -551,7 +531,8 @@ class _Clock:
 
   def read(self) -> dict[str, float]:
     """Returns what was measured since it was last read."""
-    seconds = time.monotonic() - self._started
+    now = time.monotonic()
+    seconds = now - (now if self._started is None else self._started)
     measured: dict[str, float] = {}
     if self._steps:
       measured = {

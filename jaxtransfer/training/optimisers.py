@@ -134,9 +134,7 @@ class Schedule:
     check_range("schedule.patience", self.patience, least=0)
     check_range("schedule.floor", self.floor, least=0)
 
-  def multiplier(
-    self, steps: int, steps_per_epoch: int
-  ) -> Callable[[jax.Array], jax.Array]:
+  def multiplier(self, steps: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns step -> share of the peak learning rate.
 
     Args:

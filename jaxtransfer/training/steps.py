@@ -7,11 +7,12 @@ the optimiser, what is kept, and the average.
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from jaxtransfer.networks.functional import Arrays, Numbers
@@ -48,18 +49,19 @@ class State:
 
 
 class Objective(Protocol):
-  """What a training makes small.
+  """What a training makes small."""
 
-  Attributes:
-    sums: names of what it adds up over examples: "loss" and "weight", whose
-      quotient is the mean loss, and, where examples are decided right or
-      wrong, "hits" and "decisions".
-    apart: whether each device has running statistics of its own, of which the
-      mean is kept.
-  """
+  @property
+  def sums(self) -> tuple[str, ...]:
+    """Names of what it adds up over examples.
 
-  sums: tuple[str, ...]
-  apart: bool
+    "loss" and "weight", whose quotient is the mean loss, and, where examples
+    are decided right or wrong, "hits" and "decisions".
+    """
+
+  @property
+  def apart(self) -> bool:
+    """Whether devices have running statistics of their own; the mean stays."""
 
   def inputs(
     self, batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array
@@ -134,7 +136,7 @@ class Loss:
       return (weights * losses).sum(-1)
     share = self.smoothing / targets.shape[-1]
     targets = targets * (1 - self.smoothing) + share
-    return -(self.weights * targets * jax.nn.log_softmax(logits)).sum(-1)
+    return -(targets * self.weights * jax.nn.log_softmax(logits)).sum(-1)
 
   def weight(self, labels: jax.Array) -> jax.Array:
     """Returns what every image's loss counts in the mean, (N,).
@@ -190,7 +192,7 @@ class Recipe:
   """
 
   optimiser: optimisers.Optimiser
-  schedule: Callable[[jax.Array], jax.Array]
+  schedule: optax.Schedule
   rate: Callable[[str], float]
   accumulate: int
   average: float
@@ -307,7 +309,8 @@ def make_step(
     if objective.apart:
       statistics = lax.pmean(statistics, "data")
 
-    moves, optimiser = direction.update(gradient, state.optimiser, state.params)
+    tree, optimiser = direction.update(gradient, state.optimiser, state.params)
+    moves = cast(Arrays, tree)  # optax says any tree; it is the gradient's
     share = recipe.schedule(state.step) * state.scale
     rate = {
       name: recipe.optimiser.learning_rate * recipe.rate(name)

@@ -9,7 +9,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any
+from typing import IO
 
 import huggingface_hub
 
@@ -196,8 +196,8 @@ def _download(url: str, part: pathlib.Path, loopback: str | None) -> None:
       start = 0
       total = int(response.headers.get("Content-Length") or -1)
     # A weak tag does not promise the same bytes.
-    found = response.headers.get("ETag", "")
-    tag_path.write_text("" if found.startswith("W/") else found)
+    etag = response.headers.get("ETag", "")
+    tag_path.write_text("" if etag.startswith("W/") else etag)
     with (
       open(part, "ab" if start else "wb") as f,
       progress.Progress(
@@ -245,10 +245,18 @@ class _OnlyHttps(urllib.request.HTTPRedirectHandler):
   def __init__(self, loopback: str | None):
     self._loopback = loopback
 
-  def redirect_request(self, *args: Any) -> urllib.request.Request | None:
-    """Checks the new address, the last of `args`, and follows it."""
-    _check_scheme(args[-1], self._loopback)
-    return super().redirect_request(*args)
+  def redirect_request(
+    self,
+    req: urllib.request.Request,
+    fp: IO[bytes],
+    code: int,
+    msg: str,
+    headers: http.client.HTTPMessage,
+    newurl: str,
+  ) -> urllib.request.Request | None:
+    """Checks the new address and follows it."""
+    _check_scheme(newurl, self._loopback)
+    return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _first_line(error: Exception) -> str:

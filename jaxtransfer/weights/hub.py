@@ -57,14 +57,14 @@ _USUAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_architecture(
-  network: str, path: pathlib.Path, said: Mapping[str, str]
+  network: str, path: pathlib.Path, metadata: Mapping[str, str]
 ) -> bool:
   """Refuses weights that somebody says are another network's.
 
   Args:
     network: the zoo's name of the network that is to be filled.
     path: the file of weights; a config.json beside it is read.
-    said: what the file says of itself.
+    metadata: what the file says of itself.
 
   Returns:
     Whether a config.json says that this network's function is torchvision's.
@@ -78,7 +78,7 @@ def check_architecture(
     for key, name in _names(part):
       strict = key == "architecture"
       _check_name(network, path, f"{beside} gives {key}", name, strict=strict)
-  for key, name in _names(said):
+  for key, name in _names(metadata):
     _check_name(network, path, f"it says itself {key}", name, strict=False)
   for part in (
     config,
@@ -106,9 +106,9 @@ def statistics(path: pathlib.Path) -> dict[str, Any]:
     (_part(_config(path), "pretrained_cfg"), ""),
     (_read(path.parent / "preprocessor_config.json"), "image_"),
   ):
-    found = {key: part.get(f"{prefix}{key}") for key in ("mean", "std")}
-    if None not in found.values():
-      return found
+    values = {key: part.get(f"{prefix}{key}") for key in ("mean", "std")}
+    if None not in values.values():
+      return values
   return {}
 
 
@@ -119,10 +119,10 @@ def _config(path: pathlib.Path) -> Mapping[str, Any]:
 def _read(path: pathlib.Path) -> Mapping[str, Any]:
   """Returns a JSON dict; {} for none, because the numbers are what counts."""
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
     return {}
-  return found if isinstance(found, dict) else {}
+  return value if isinstance(value, dict) else {}
 
 
 def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

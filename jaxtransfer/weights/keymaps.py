@@ -62,7 +62,7 @@ def _rename_children(
       # The first module comes first, also where it has a name.
       key = [int(p) if p.isdecimal() else -1 for p in parts[:depth]]
       units[tuple(key)][name] = ".".join(parts[depth:])
-  found = {name: name for name in names}
+  mapping = {name: name for name in names}
   known = set(trunk)
   modules = list(dict.fromkeys(name.split(".")[0] for name in trunk))
   after: list[dict[str, str]] = []
@@ -70,13 +70,13 @@ def _rename_children(
     unit = units[key]
     if modules and any(f"{modules[0]}.{i}" in known for i in unit.values()):
       module, after = modules.pop(0), []
-      found |= {name: f"{module}.{i}" for name, i in unit.items()}
+      mapping |= {name: f"{module}.{i}" for name, i in unit.items()}
     else:
       after.append(unit)
   for number, unit in enumerate(after):
     head = "fc" if len(after) == 1 else f"fc_{number}"
-    found |= {name: f"{head}.{i}" for name, i in unit.items()}
-  return found
+    mapping |= {name: f"{head}.{i}" for name, i in unit.items()}
+  return mapping
 
 
 _NUMBERS = "num_batches_tracked"
@@ -114,14 +114,14 @@ class Place:
 
   Attributes:
     reading: where it is and how its names are made.
-    found: {torchvision's name: name in the checkpoint}, head included where
+    names: {torchvision's name: name in the checkpoint}, head included where
       the network's own names show it.
     left_over: names among its own that the network has no place for.
     reshaped: torchvision's names of tensors that have another shape.
   """
 
   reading: _Reading
-  found: Mapping[str, str]
+  names: Mapping[str, str]
   left_over: tuple[str, ...]
   reshaped: tuple[str, ...]
 
@@ -181,15 +181,15 @@ def locate(
       f"does not fit {network}: {len(readings):,} layers in it could be the"
       " first of a network"
     )
-  found: dict[str, list[Place]] = collections.defaultdict(list)
+  places_of: dict[str, list[Place]] = collections.defaultdict(list)
   for reading in readings:
     others = [r.start for r in readings if r.anchor != reading.anchor]
     place = _read(every, foreign, reading, trunk, others)
-    found[reading.anchor].append(place)
+    places_of[reading.anchor].append(place)
   # One network of each first layer, in the words that explain most of it.
   places = [
     max(ways, key=lambda p: (p.fits, _count(p), len(p.start)))
-    for ways in found.values()
+    for ways in places_of.values()
   ]
   if not places:
     raise errors.UsageError(_why_nothing(names, family, network, foreign))
@@ -199,7 +199,7 @@ def locate(
   if not fitting:
     return max(places, key=_count)
   fitting = [p for p in fitting if not _is_copy(p, fitting)] or fitting
-  whole = [p for p in fitting if trunk.keys() <= p.found.keys()] or fitting
+  whole = [p for p in fitting if trunk.keys() <= p.names.keys()] or fitting
   fullest = max(whole, key=_count)
   if all(place is fullest or same(fullest, place) for place in whole):
     return fullest
@@ -243,14 +243,14 @@ def fit(
       message is one line without the path.
   """
   foreign = foreign or {}
-  found = place.found
-  missing = [name for name in wanted if name not in found]
-  kept = {name: found[name] for name in wanted if name in found}
+  stored = place.names
+  missing = [name for name in wanted if name not in stored]
+  kept = {name: stored[name] for name in wanted if name in stored}
   if head is not None:
     kept |= _find_head(names, place, head)
     missing += [name for name in head if name not in kept]
   reshaped = [
-    f"{printable(found[name])} is {names[found[name]]}, needed {trunk[name]}"
+    f"{printable(stored[name])} is {names[stored[name]]}, needed {trunk[name]}"
     for name in place.reshaped
   ]
   unmade = [
@@ -270,7 +270,7 @@ def fit(
   if problems:
     raise errors.UsageError(
       f"does not fit {network}: {'; '.join(problems)}"
-      f"{_ends_at(wanted, found, network)}"
+      f"{_ends_at(wanted, stored, network)}"
     )
   return kept
 
@@ -283,19 +283,19 @@ def left_out(place: Place, names: Shapes, head: tuple[str, str]) -> str:
     names: as for `locate`.
     head: torchvision's names of the network's own head, which is not told.
   """
-  kept = {*place.found.values(), *_find_head(names, place, head).values()}
+  kept = {*place.names.values(), *_find_head(names, place, head).values()}
   groups: dict[str, list[str]] = collections.defaultdict(list)
   for name in names:
     if name not in kept and not name.endswith(_NUMBERS):
       groups[_group(name, place)].append(name)
-  said = [
+  descriptions = [
     printable(listed[0])
     if len(listed) == 1
     else f"{printable(group)}* ({len(listed):,} tensors)"
     for group, listed in sorted(groups.items())
   ]
-  more = f" and {len(said) - 6:,} more" if len(said) > 6 else ""
-  return f"{', '.join(said[:6])}{more}"
+  more = f" and {len(descriptions) - 6:,} more" if len(descriptions) > 6 else ""
+  return f"{', '.join(descriptions[:6])}{more}"
 
 
 def numbering(place: Place) -> str:
@@ -303,7 +303,7 @@ def numbering(place: Place) -> str:
   if not place.reading.layout.numbered:
     return ""
   units: dict[str, None] = {}
-  for name, stored in place.found.items():
+  for name, stored in place.names.items():
     # What the child that is the module `conv0` calls `weight`.
     own = name.removeprefix(place.reading.family.prefix).partition(".")[2]
     if not name.startswith("fc."):
@@ -335,9 +335,9 @@ def _group(name: str, place: Place) -> str:
   return f"{start}{name[len(start) :].split('.')[0]}."
 
 
-def _ends_at(wanted: Shapes, found: Mapping[str, str], network: str) -> str:
+def _ends_at(wanted: Shapes, stored: Mapping[str, str], network: str) -> str:
   """Returns where a cut network's tensors end, nothing for another problem."""
-  there = [name in found for name in wanted]
+  there = [name in stored for name in wanted]
   if not any(there) or not all(there[: sum(there)]) or all(there):
     return ""
   family = zoo.family(network)
@@ -390,25 +390,26 @@ def _read(
     and "/" not in name[len(reading.container) :]
     and not name.endswith(_NUMBERS)
   }
-  if reading.layout.numbered:
+  rename = reading.layout.rename
+  if rename is None:
     renamed = _rename_children(
       list(inside.values()),
       inside[reading.anchor],
       [name.removeprefix(above) for name in trunk],
     )
   else:
-    renamed = reading.layout.rename(list(inside.values()))
+    renamed = rename(list(inside.values()))
   nested = tuple(o for o in others if o != start and o.startswith(start))
-  found: dict[str, str] = {}
+  stored: dict[str, str] = {}
   left_over = []
   for name, inner in inside.items():
     target = f"{above}{renamed[inner]}"
     if target not in trunk:
       target = renamed[inner]
-    if target not in found and (
+    if target not in stored and (
       target in trunk or target in ("fc.weight", "fc.bias")
     ):
-      found[target] = name
+      stored[target] = name
     elif not (
       name in foreign
       or _BESIDE.match(target)
@@ -418,16 +419,16 @@ def _read(
   reshaped = tuple(
     name
     for name in trunk
-    if name in found
-    and found[name] not in foreign
-    and names[found[name]] != trunk[name]
+    if name in stored
+    and stored[name] not in foreign
+    and names[stored[name]] != trunk[name]
   )
-  return Place(reading, found, tuple(left_over), reshaped)
+  return Place(reading, stored, tuple(left_over), reshaped)
 
 
 def _count(place: Place) -> int:
   """Returns how many tensors are in their place and of the right shape."""
-  return len(place.found) - len(place.reshaped)
+  return len(place.names) - len(place.reshaped)
 
 
 def _shown(place: Place) -> str:
@@ -497,7 +498,7 @@ def _find_head(
   names: Shapes, place: Place, head: tuple[str, str]
 ) -> dict[str, str]:
   """Finds the head's weight and bias beside or above the trunk's prefix."""
-  seen = {name: place.found[name] for name in head if name in place.found}
+  seen = {name: place.names[name] for name in head if name in place.names}
   if len(seen) == len(head):
     return seen
   for where in place.reading.layout.heads:
@@ -508,9 +509,9 @@ def _find_head(
       continue
     parent = ".".join(above[: len(above) - 1 - levels])
     start = place.reading.container + (f"{parent}." if parent else "")
-    found = {
+    stored = {
       target: f"{start}{module}.{target.rsplit('.', 1)[1]}" for target in head
     }
-    if all(name in names for name in found.values()):
-      return found
+    if all(name in names for name in stored.values()):
+      return stored
   return {}

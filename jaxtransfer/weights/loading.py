@@ -129,7 +129,7 @@ def _source_of_path(network: str, given: pathlib.Path, prefix: str) -> Source:
   if about.get("network", network) != network:
     held = printable(str(about["network"]))
     raise errors.UsageError(f"{path} holds {held}, not {network}")
-  is_known = hub.check_architecture(network, path, stored.said)
+  is_known = hub.check_architecture(network, path, stored.metadata)
   beside = hub.statistics(path)
   source = Source(
     # `.` and `..` have no name of their own.
@@ -207,7 +207,7 @@ def _read_details(
 ) -> dict[str, Any]:
   """Returns what `export` wrote into a file's header; {} for other files."""
   try:
-    details = json.loads(stored.said.get("jaxtransfer", "{}"))
+    details = json.loads(stored.metadata.get("jaxtransfer", "{}"))
   except ValueError:
     details = None
   if not isinstance(details, dict):
@@ -280,9 +280,9 @@ def _locate(
   def same(one: keymaps.Place, other: keymaps.Place) -> bool:
     return all(
       stored[place].read().tobytes()
-      == stored[other.found[name]].read().tobytes()
-      for name, place in one.found.items()
-      if name in other.found
+      == stored[other.names[name]].read().tobytes()
+      for name, place in one.names.items()
+      if name in other.names
     )
 
   try:
@@ -320,7 +320,10 @@ def read_weights(
   Raises:
     UsageError: the file is damaged; a tensor is missing, left over, of another
       shape, not floating point, or holds NaN or infinity.
+    ValueError: the source has no path.
   """
+  if source.path is None:
+    raise ValueError(f"{source.label}: there is no file to read")
   stored = readers.open_checkpoint(source.path)
   place = _locate(source, network, stored)
   head = zoo.family(network).head_names if keep_head else None
@@ -338,7 +341,7 @@ def read_weights(
     )
   except errors.UsageError as error:
     raise errors.UsageError(f"{source.path}: {error}") from None
-  found = {}
+  values = {}
   for name, place in places.items():
     if not jnp.issubdtype(stored[place].dtype, jnp.floating):
       raise errors.UsageError(
@@ -353,8 +356,8 @@ def read_weights(
         f"{source.path}: {printable(place)} holds {bad:,} NaN or infinite"
         f" numbers of {value.size:,}"
       )
-    found[name] = value
-  return found
+    values[name] = value
+  return values
 
 
 def create_model(
@@ -402,10 +405,10 @@ def create_model(
     UsageError: no such network, layer or weights; a checkpoint that does not
       fit; or arguments that contradict each other.
   """
-  told: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
   if not isinstance(weights, Source):
     weights = resolve_weights(name, weights, prefix)
-    told = weights.notes
+    notes = weights.notes
   elif prefix:
     raise errors.UsageError(
       f"prefix is {prefix!r}, but a Source has its own: give it to"
@@ -472,7 +475,7 @@ def create_model(
   if expected.keys() != values.keys():
     values = tensors.random(model, seed) | values
   tensors.load(model, values)
-  for note in told:
+  for note in notes:
     warnings.warn(note, stacklevel=2)
   return model
 

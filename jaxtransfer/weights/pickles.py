@@ -201,13 +201,13 @@ def _make_from_type(function: Any, _type: Any, args: Any, *_rest: Any) -> Any:
 
 def _make_dict(*args: Any) -> dict[Any, Any]:
   """Stands for collections.OrderedDict and its like."""
-  found: dict[Any, Any] = {}
+  made: dict[Any, Any] = {}
   pairs = args[0] if args and isinstance(args[0], list | tuple) else ()
   for pair in pairs:
     if not isinstance(pair, list | tuple) or len(pair) != 2:
       raise Refused("damaged: an ordered dict that is not of pairs")
-    _set_item(found, *pair)
-  return found
+    _set_item(made, *pair)
+  return made
 
 
 def _make_size(sizes: Any) -> tuple[int, ...]:
@@ -315,6 +315,8 @@ def interpret(
   """
   machine = _Machine(persistent)
   try:
+    # It needs `read` and `readline` alone; its stubs ask for a whole IO.
+    # pyrefly: ignore[bad-argument-type]
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
       if count > _MAX_OPCODES:
         raise Refused("its pickle is longer than any state dict's")

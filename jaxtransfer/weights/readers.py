@@ -173,17 +173,17 @@ def _read_shards(path: pathlib.Path) -> Checkpoint:
   opened = {
     file: open_checkpoint(file) for file in sorted(set(shards.values()))
   }
-  found, foreign, said = {}, {}, {}
+  stored, foreign, metadata = {}, {}, {}
   for checkpoint in opened.values():
     foreign |= checkpoint.foreign
-    said |= checkpoint.said
+    metadata |= checkpoint.metadata
   for name, file in shards.items():
     if name not in opened[file]:
       raise errors.UsageError(
         f"{file}: no {pickles.printable(name)} in it, where {path.name} says"
       )
-    found[name] = opened[file][name]
-  return Checkpoint(found, foreign=foreign, said=said)
+    stored[name] = opened[file][name]
+  return Checkpoint(stored, foreign=foreign, metadata=metadata)
 
 
 def _what_instead(start: bytes) -> str:
@@ -199,8 +199,8 @@ def _what_instead(start: bytes) -> str:
 
 
 def _read_safetensors(path: pathlib.Path) -> Checkpoint:
-  said, entries, start = _safetensors_header(path)
-  found = {}
+  metadata, entries, start = _safetensors_header(path)
+  stored = {}
   for name, entry in entries.items():
     if entry["dtype"] not in _SAFETENSORS:
       raise errors.UsageError(
@@ -222,8 +222,8 @@ def _read_safetensors(path: pathlib.Path) -> Checkpoint:
         raise errors.UsageError(f"{path}: cut short; get the file again")
       return data.reshape(shape)
 
-    found[name] = StoredTensor(shape, dtype, read)
-  return Checkpoint(found, said=said)
+    stored[name] = StoredTensor(shape, dtype, read)
+  return Checkpoint(stored, metadata=metadata)
 
 
 def _safetensors_header(
@@ -264,24 +264,27 @@ def _read_orbax(path: pathlib.Path) -> Checkpoint:
   path = path.absolute()
   # Orbax and TensorStore document no common exception for a damaged directory.
   try:
-    tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+    metadata = ocp.StandardCheckpointer().metadata(path).item_metadata
+    if metadata is None:
+      raise ValueError("it says nothing of its arrays")
+    tree = metadata.tree
   except Exception as error:
     raise errors.UsageError(
       f"{path}: cut short or damaged ({str(error).splitlines()[0][:200]})"
     ) from None
-  found = {}
+  stored = {}
   waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
   while waiting:
     keys, node = waiting.pop()
     if isinstance(node, dict):
       waiting.extend(((*keys, key), value) for key, value in node.items())
     elif getattr(node, "shape", None) is not None:
-      found["/".join(keys)] = StoredTensor(
+      stored["/".join(keys)] = StoredTensor(
         tuple(node.shape),
         np.dtype(node.dtype),
         _OrbaxRead(path, keys),
       )
-  return Checkpoint(found)
+  return Checkpoint(stored)
 
 
 class _OrbaxRead:

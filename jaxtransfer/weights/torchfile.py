@@ -61,7 +61,7 @@ class Checkpoint(dict[str, StoredTensor]):
 
   Attributes:
     foreign: {name: what it is} of the objects that are not rebuilt.
-    said: {key: text} that the file says of itself.
+    metadata: {key: text} that the file says of itself.
   """
 
   def __init__(
@@ -69,11 +69,11 @@ class Checkpoint(dict[str, StoredTensor]):
     tensors: Mapping[str, StoredTensor],
     *,
     foreign: Mapping[str, str] | None = None,
-    said: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
   ):
     super().__init__(tensors)
     self.foreign = dict(foreign or {})
-    self.said = dict(said or {})
+    self.metadata = dict(metadata or {})
 
 
 def read_torch_file(path: pathlib.Path) -> Checkpoint:
@@ -101,7 +101,7 @@ def read_torch_file(path: pathlib.Path) -> Checkpoint:
         for name, view in contents.views.items()
       },
       foreign={name: str(what) for name, what in contents.foreign.items()},
-      said=contents.said,
+      metadata=contents.metadata,
     )
   except pickles.Refused as refusal:
     raise errors.UsageError(f"{path}: {refusal}") from None
@@ -138,7 +138,7 @@ class _Contents:
 
   views: dict[str, pickles.View]
   foreign: dict[str, pickles.Placeholder]
-  said: dict[str, str]
+  metadata: dict[str, str]
 
 
 def _contents_of(tree: Any) -> _Contents:
@@ -192,13 +192,13 @@ _SETTINGS = ("args", "config", "hyper_parameters", "hparams", "opt")
 
 def _texts_of(tree: dict[Any, Any]) -> dict[str, str]:
   """Returns the texts beside the tensors: an architecture's name and such."""
-  found: dict[str, str] = {}
+  strings: dict[str, str] = {}
   for part in (*(tree.get(key) for key in _SETTINGS), tree):
     texts = part.state if isinstance(part, pickles.Placeholder) else part
     for key, value in texts.items() if isinstance(texts, dict) else ():
       if isinstance(key, str) and isinstance(value, str):
-        found[key] = value
-  return found
+        strings[key] = value
+  return strings
 
 
 def _open_zip(

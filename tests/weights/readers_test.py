@@ -232,13 +232,13 @@ def test_texts_of_a_file_are_told(tmp_path):
       "state_dict": {"weight": ramp(2, 3)},
     },
   )
-  said = readers.open_checkpoint(path).said
+  said = readers.open_checkpoint(path).metadata
   assert said == {"arch": "resnet50", "backbone": "resnetaa50"}
   tree = {
     "args": argparse.Namespace(arch="resnetaa50", rate=0.1),
     "state_dict": {"weight": ramp(2, 3)},
   }
-  said = readers.open_checkpoint(torchzip.save(path, tree)).said
+  said = readers.open_checkpoint(torchzip.save(path, tree)).metadata
   assert said == {"arch": "resnetaa50"}
 
 
@@ -554,7 +554,7 @@ def test_safetensors_are_bit_exact(tmp_path):
   for key, value in values.items():
     assert found[key].shape == value.shape and found[key].dtype == value.dtype
     assert found[key].read().tobytes() == value.tobytes(), key
-  assert found.said == {"made": "here"}
+  assert found.metadata == {"made": "here"}
 
 
 def test_broken_safetensors_are_refused(tmp_path):

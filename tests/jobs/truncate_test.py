@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from scipy import special
 
 from jaxtransfer import errors, workdir
+from jaxtransfer.data import dataset, preprocess, sources
 from jaxtransfer.data import images as imaging
-from jaxtransfer.data import preprocess, sources
 from jaxtransfer.jobs import truncate
 from jaxtransfer.measure import bootstrap, metrics
 from jaxtransfer.networks import zoo
@@ -569,7 +569,7 @@ def test_the_whole_network_may_end_earlier(source):
   assert plan.blocks == ("layer1", "layer2", "layer3")
   assert plan.around("ttl", "layer3", 1) == ["layer3.0"]
   config.network.weights = "cifar10-resnet18"
-  data = truncate._open(config, plan, source.parent / "none.json")
+  data = dataset.open_divisions(config, source.parent / "none.json")
   weights = loading.resolve_weights("resnet18", config.network.weights)
   bench = truncate._Bench(
     config, plan, truncate.parallel.Devices(), data, weights, source.parent
@@ -586,7 +586,7 @@ def test_methods_train_what_they_say(source):
     source, network="resnet18", methods="ttl,lwft,fat,tf", taps="blocks"
   )
   plan = truncate.make_plan(config)
-  data = truncate._open(config, plan, source.parent / "none.json")
+  data = dataset.open_divisions(config, source.parent / "none.json")
   weights = loading.resolve_weights("resnet18", None)
   bench = truncate._Bench(
     config, plan, truncate.parallel.Devices(), data, weights, source.parent

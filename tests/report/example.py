@@ -332,7 +332,7 @@ def truncate_results(
     for weights, lift in (("pretrained", 0.0), ("random", -0.09)):
       add("TTL-2", "ttl", weights, cut, 0.861 + lift)
       add("TTL-1", "ttl", weights, block, 0.851 + lift)
-      add("FTL", "ftl", weights, None, 0.849 + lift)
+      add("FTL", "ftl", weights, last, 0.849 + lift)
       add("LWFT-1", "lwft", weights, block, 0.848 + lift)
       add("LWFT-2", "lwft", weights, cut, 0.853 + lift)
       add("FAT", "fat", weights, cut, 0.79 + lift)

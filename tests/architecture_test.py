@@ -29,6 +29,7 @@ ALLOWED = {
     "results",
     "signals",
   },
+  "predictions": {"data", "files", "measure"},
   "jobs": {
     "configuration",
     "cuts",
@@ -41,6 +42,7 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "predictions",
     "preview",
     "progress",
     "report",

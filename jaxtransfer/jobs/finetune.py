@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, parallel, preview, results
+from jaxtransfer import (
+  configuration,
+  parallel,
+  predictions,
+  preview,
+  results,
+)
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.measure import evaluation
@@ -160,6 +166,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     workdir.path / "export" / "model.safetensors",
     source.card() | images.card(config, data, evaluated),
   )
+  of_test = predictions.of_logits(
+    data, *outputs["test"], evaluated.temperature, plan.last, config.seed
+  )
+  predictions.write(workdir.path / "predictions.csv", [of_test])
   page.write(workdir.path, left)
   return workdir.finish(left)
 

@@ -29,6 +29,7 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  predictions,
   preview,
   progress,
   results,
@@ -84,6 +85,8 @@ class Measured:
     strengths: (networks, probes) chosen on val; NaN where a probe has none.
     beyond: (networks, probes) as `probes.ProbeResult` has it.
     converged: (networks, probes) bool.
+    scores: (N, C) float32 of the pretrained network's first probe, of the test
+      rows that could be read.
   """
 
   values: np.ndarray
@@ -92,6 +95,7 @@ class Measured:
   strengths: np.ndarray
   beyond: np.ndarray
   converged: np.ndarray
+  scores: np.ndarray
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the arrays, atomically."""
@@ -188,7 +192,12 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     "run": begun,
   }
   read = dataset.what_was_read([data], dict(failures))
-  left = _results(config, plan, source, data, read, measured, costs, about)
+  left = _results(
+    config, plan, source, data, read, measured, costs.table, about
+  )
+  cut = left["summary"]["cut"]
+  of_test = _predictions(plan, data, extracted[label], measured, cut)
+  predictions.write(workdir.path / "predictions.csv", of_test)
   page.write(workdir.path, left)
   _print(left)
   return workdir.finish(left)
@@ -331,6 +340,7 @@ def _measure(
     stored_splits.digest(data.examples),
     [plan.probes, plan.metrics, config.strengths, config.resamples],
     config.seed,
+    [field.name for field in dataclasses.fields(Measured)],
   ]
   digest = hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
   measured = []
@@ -403,6 +413,8 @@ def _probe(
         )
       except ValueError as e:
         raise errors.RunError(f"{kind} probe of {tap}: {e}") from e
+      if start == p == 0:
+        said = fitted.test_scores[0]
       here = slice(start, start + len(some))
       chosen[here, p], beyond[here, p] = fitted.strength, fitted.beyond
       converged[here, p] = fitted.converged
@@ -418,7 +430,33 @@ def _probe(
                 resampled[r, s] = in_resamples
               if r == 0 and split == "test":
                 intervals[p, m] = bootstrap.interval(in_resamples)
-  return Measured(values, resampled, intervals, chosen, beyond, converged)
+  return Measured(values, resampled, intervals, chosen, beyond, converged, said)
+
+
+def _predictions(
+  plan: Plan,
+  data: dataset.Dataset,
+  extracted: features.Features,
+  measured: Sequence[Measured],
+  cut: str,
+) -> list[predictions.Predictions]:
+  """Returns what the main probe says of the test split.
+
+  Args:
+    plan: the config, checked.
+    data: the images.
+    extracted: the pretrained network's features.
+    measured: of every tap.
+    cut: a tap; the deepest one is the other.
+  """
+  rows = extracted.rows()
+  rows = rows[np.isin(rows, data.rows["test"])]
+  said = []
+  for tap in dict.fromkeys((cut, plan.taps[-1])):
+    scores = measured[plan.taps.index(tap)].scores
+    values = probes.probabilities(plan.probes[0], scores)
+    said.append(predictions.Predictions(data, rows, values, tap))
+  return said
 
 
 def _results(

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import sklearn.metrics
 from safetensors.numpy import load_file, save_file
 
 from jaxtransfer import errors, inference, workdir
@@ -156,6 +157,30 @@ def test_every_tap_is_compared_with_the_cut_on_test(finished):
     assert row["low"] <= row["value"] <= row["high"]
     if row["tap"] == cut:
       assert row["low"] == row["high"] == 0
+
+
+def test_predictions_score_what_the_page_says(finished):
+  """At the cut and at the deepest tap, recomputed by scikit-learn."""
+  results = _results(finished)
+  for tap in {results["summary"]["cut"], TAPS[-1]}:
+    lines, values = configs.read_predictions(finished, tap=tap)
+    assert len(lines) == results["summary"]["rows"]["test"]
+    labels = [line["label"] for line in lines]
+    np.testing.assert_allclose(values.sum(1), 1, rtol=1e-6)
+    said = {"tap": tap, "probe": "logistic", "metric": "auroc"}
+    (row,) = _select(results, split="test", weights="mine.safetensors", **said)
+    own = [
+      sklearn.metrics.roc_auc_score([one == name for one in labels], column)
+      for name, column in zip(
+        results["summary"]["classes"], values.T, strict=True
+      )
+    ]
+    assert np.mean(own) == pytest.approx(row["value"], abs=1e-12)
+  lines, _ = configs.read_predictions(finished)
+  assert {line["tap"] for line in lines} == {
+    results["summary"]["cut"],
+    TAPS[-1],
+  }
 
 
 def test_costs_are_those_of_the_cut_network(finished):

@@ -47,6 +47,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.batch_size = 64  # images over all devices
   config.dtype = "float32"  # "bfloat16" on GPU and TPU; parameters stay float32
   config.parallel = "jit"  # "pmap" gives the same results
+  config.thumbnails = 12  # images of each kind on the page; 0 = none
 
   config.data = ml_collections.ConfigDict()
   config.data.source = ""  # manifest.csv, a folder, tfds:<name>, synthetic:...
@@ -189,6 +190,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
   "data.max_failures": {"least": 0, "most": 1, "why": "it is a share"},
   "data.max_pixels": {"least": 1},
   "data.few_shot": {"least": 0},
+  "thumbnails": {"least": 0, "most": 100},
 }
 
 

@@ -14,8 +14,9 @@ from typing import IO, Any
 
 from jaxtransfer import configuration, errors, files, hosts
 
-# A run may go on with more workers or other devices; the rest decides numbers.
-_FREE_KEYS = ("data.workers", "parallel")
+# A run may go on with more workers or other devices, and show other images; the
+# rest decides numbers.
+_FREE_KEYS = ("data.workers", "parallel", "thumbnails")
 _PACKAGES = (
   "jaxtransfer",
   "jax",

@@ -29,7 +29,7 @@ ALLOWED = {
     "results",
     "signals",
   },
-  "predictions": {"data", "files", "measure"},
+  "predictions": {"data", "files", "measure", "report"},
   "jobs": {
     "configuration",
     "cuts",

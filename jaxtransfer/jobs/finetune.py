@@ -170,7 +170,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     data, *outputs["test"], evaluated.temperature, plan.last, config.seed
   )
   predictions.write(workdir.path / "predictions.csv", [of_test])
-  page.write(workdir.path, left)
+  page.write(workdir.path, left, predictions.show(config, [of_test]))
   return workdir.finish(left)
 
 

@@ -198,7 +198,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   cut = left["summary"]["cut"]
   of_test = _predictions(plan, data, extracted[label], measured, cut)
   predictions.write(workdir.path / "predictions.csv", of_test)
-  page.write(workdir.path, left)
+  page.write(workdir.path, left, predictions.show(config, of_test[:1]))
   _print(left)
   return workdir.finish(left)
 

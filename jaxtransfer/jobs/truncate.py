@@ -123,8 +123,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       return workdir.report_failures()
     left = _report(bench, search, rows, begun)
     chosen = next(row for row in rows if row.chosen)
-    predictions.write(workdir.path / "predictions.csv", bench.predicted(chosen))
-    page.write(workdir.path, left)
+    of_test = bench.predicted(chosen)
+    predictions.write(workdir.path / "predictions.csv", of_test)
+    page.write(workdir.path, left, predictions.show(config, of_test))
     return workdir.finish(left)
 
 

@@ -253,7 +253,8 @@ def test_what_a_run_leaves(finished):
   assert confusion.sum() == rows["test", "accuracy"]["n"]
   accuracy = np.trace(confusion) / confusion.sum()
   assert accuracy == pytest.approx(rows["test", "accuracy"]["value"])
-  assert (finished / "report.html").exists()
+  page = (finished / "report.html").read_text()
+  assert page.count('src="data:image/jpeg') > 12 and "Least confident" in page
   assert len(results["summary"]["epochs"]) == 4
 
 
@@ -401,9 +402,11 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
       "average": 0.5,
       "metric": "auroc",
       "accumulate": 2,
+      "thumbnails": 0,
     },
   )
   assert _run(config, tmp_path / "run") == 0
+  assert "<img" not in (tmp_path / "run" / "report.html").read_text()
   results = json.loads((tmp_path / "run" / "results.json").read_text())
   typed.check_results(results)
   found = {

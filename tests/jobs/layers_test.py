@@ -176,6 +176,8 @@ def test_predictions_score_what_the_page_says(finished):
       )
     ]
     assert np.mean(own) == pytest.approx(row["value"], abs=1e-12)
+  page = (finished / "report.html").read_text()
+  assert page.count('src="data:image/jpeg') > 12
   lines, _ = configs.read_predictions(finished)
   assert {line["tap"] for line in lines} == {
     results["summary"]["cut"],

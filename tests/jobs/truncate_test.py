@@ -381,6 +381,8 @@ def _check_predictions(path, seeds):
 def test_predictions_are_those_of_the_exported_network(finished):
   summary = _results(finished)["summary"]
   _check_predictions(finished, [summary["exported"]["seed"]])
+  page = (finished / "report.html").read_text()
+  assert page.count('src="data:image/jpeg') > 12
   lines, _ = configs.read_predictions(finished)
   assert len(lines) == summary["rows"]["test"]
   assert float(lines[0]["temperature"]) == summary["temperature"]

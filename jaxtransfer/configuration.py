@@ -58,6 +58,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.data.max_pixels = 100_000_000  # larger images are refused unopened
   config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
   config.data.few_shot = 0  # train images of each class; 0 = all
+  config.data.near_duplicates = False  # also images that look the same
   config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default
 
   config.network = ml_collections.ConfigDict()

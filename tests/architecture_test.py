@@ -15,7 +15,7 @@ ALLOWED = {
   "results": {"files", "measure"},
   "report": {"errors", "files", "results"},
   # Resamples are part of what is measured, and of a dataset's patients.
-  "data": {"errors", "files", "measure"},
+  "data": {"errors", "files", "measure", "progress"},
   "weights": {"errors", "files", "networks", "progress"},
   "training": {
     "data",

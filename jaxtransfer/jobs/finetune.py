@@ -125,6 +125,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {len(training.batches):,} steps on {devices}",
     flush=True,
   )
+  (data,) = dataset.note_duplicates(
+    [data], config, workdir.path / "duplicates.json", workdir.share
+  )
   for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 

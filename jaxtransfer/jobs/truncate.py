@@ -110,7 +110,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
-  for note in [*divisions[0].notes, *source.notes]:
+  bench.divisions = dataset.note_duplicates(
+    divisions, config, workdir.path / "duplicates.json", workdir.share
+  )
+  for note in [*bench.first.notes, *source.notes]:
     print(note, flush=True)
   search = _search(bench)
   rows = cuts.compared(

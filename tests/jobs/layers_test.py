@@ -85,7 +85,7 @@ def _select(results, **said):
 def test_it_leaves_what_the_design_names(finished):
   for name in ("config.json", "metrics.jsonl", "report.html", "splits.json"):
     assert (finished / name).stat().st_size > 0
-  assert configs.check_json(finished) == 5
+  assert configs.check_json(finished) == 6
   typed.check_results(_results(finished))
   with open(finished / "results.csv") as f:
     rows = list(csv.DictReader(f))

@@ -241,14 +241,21 @@ def test_a_run_that_stopped_does_nothing_twice(
 
 
 def test_a_bad_image_is_listed_and_the_exit_code_says_so(
-  source, weights, tmp_path
+  finished, source, weights, tmp_path, capsys
 ):
-  """And what is assumed of weights that do not say what network they are."""
+  """And what is assumed of weights that do not say what network they are, and
+  which images are in two splits."""
   folder = tmp_path / "tiles"
   folder.mkdir()
   for path in source.parent.iterdir():
     (folder / path.name).write_bytes(path.read_bytes())
   (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:100])
+  # Drawn again from the same patients, the splits are those of the other run.
+  splits = json.loads((finished / "splits.json").read_text())
+  twins = [
+    f"{next(r for r in splits[s] if r != 7)}.png" for s in ("test", "train")
+  ]
+  (folder / twins[0]).write_bytes((folder / twins[1]).read_bytes())
   theirs = tmp_path / "theirs.safetensors"
   save_file(load_file(weights), theirs)
   config = _config(
@@ -265,6 +272,10 @@ def test_a_bad_image_is_listed_and_the_exit_code_says_so(
     counts = {r["n"] for r in _select(results, split=split)}
     assert counts == {summary["rows"][split]}
   assert sum("no anti-aliasing" in note for note in summary["notes"]) == 1
+  told = f"1 image of the test split is also in train: {' = '.join(twins)}."
+  assert sum(told in note for note in summary["notes"]) == 1
+  assert told in capsys.readouterr().out
+  assert told in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

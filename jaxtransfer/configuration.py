@@ -49,6 +49,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.batch_size = 64  # images over all devices
   config.dtype = "float32"  # "bfloat16" on GPU and TPU; parameters stay float32
   config.parallel = "jit"  # "pmap" gives the same results
+  config.thumbnails = 12  # images of each kind on the page; 0 = none
 
   config.data = ml_collections.ConfigDict()
   config.data.source = ""  # manifest.csv, a folder, tfds:<name>, synthetic:...
@@ -59,6 +60,7 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.data.max_pixels = 100_000_000  # larger images are refused unopened
   config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
   config.data.few_shot = 0  # train images of each class; 0 = all
+  config.data.near_duplicates = False  # also images that look the same
   config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default
 
   config.network = ml_collections.ConfigDict()
@@ -191,6 +193,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
   "data.max_failures": {"least": 0, "most": 1, "why": "it is a share"},
   "data.max_pixels": {"least": 1},
   "data.few_shot": {"least": 0},
+  "thumbnails": {"least": 0, "most": 100},
 }
 
 

@@ -9,13 +9,14 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from jaxtransfer import configuration, errors, files, hosts
 
-# A run may go on with more workers or other devices; the rest decides numbers.
-_FREE_KEYS = ("data.workers", "parallel")
+# A run may go on with more workers or other devices, and show other images; the
+# rest decides numbers.
+_FREE_KEYS = ("data.workers", "parallel", "thumbnails")
 _PACKAGES = (
   "jaxtransfer",
   "jax",
@@ -115,6 +116,16 @@ class Workdir:
     With several processes all must ask.
     """
     return self._processes.broadcast((self.path / "results.json").exists())
+
+  def share(self, compute: Callable[[], Any]) -> Any:
+    """Returns what the first process of the run computes, to all of them.
+
+    Args:
+      compute: what; its result is for JSON.
+    """
+    return self._processes.broadcast(
+      compute() if self._processes.first else None
+    )
 
   def finish(self, results: Mapping[str, Any]) -> int:
     """Writes results.json, the sign that the run is finished, and tells it.

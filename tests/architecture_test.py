@@ -15,7 +15,7 @@ ALLOWED = {
   "results": {"files", "measure"},
   "report": {"errors", "files", "results"},
   # Resamples are part of what is measured, and of a dataset's patients.
-  "data": {"errors", "files", "measure"},
+  "data": {"errors", "files", "measure", "progress"},
   "weights": {"errors", "files", "networks", "progress"},
   "training": {
     "data",
@@ -29,6 +29,7 @@ ALLOWED = {
     "results",
     "signals",
   },
+  "predictions": {"data", "files", "measure", "report"},
   "jobs": {
     "configuration",
     "cuts",
@@ -41,6 +42,7 @@ ALLOWED = {
     "measure",
     "networks",
     "parallel",
+    "predictions",
     "preview",
     "progress",
     "report",

@@ -18,10 +18,12 @@ CONFIG = {"job": "layers", "data": {"source": "a.csv", "workers": 0}}
 
 
 def test_the_same_config_goes_on_and_another_is_refused(tmp_path):
-  """The refusal names the key and both values; workers may change freely."""
+  """The refusal names the key and both values; workers, and how many images are
+  shown, may change freely."""
   with workdir.claim(tmp_path / "run", CONFIG, "command") as run:
     run.begin("1 x cpu")
   more_workers = {"job": "layers", "data": {"source": "a.csv", "workers": 4}}
+  more_workers["thumbnails"] = 0
   with workdir.claim(tmp_path / "run", more_workers, "command"):
     pass
   other = {"job": "layers", "data": {"source": "b.csv", "workers": 0}}

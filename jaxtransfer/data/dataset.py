@@ -3,14 +3,14 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Container, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 
+from jaxtransfer.data import duplicates, sources, stored_splits
 from jaxtransfer.data import labels as labelling
-from jaxtransfer.data import sources, stored_splits
 from jaxtransfer.data import splits as splitting
 from jaxtransfer.errors import DivergedError, RunError, UsageError
 from jaxtransfer.measure import bootstrap, evaluation, scoring
@@ -180,6 +180,7 @@ def open_divisions(
     UsageError: the source, its labels or its splits cannot be used.
   """
   check_splits(path)
+  duplicates.check_installed(config.data.near_duplicates)
   examples = sources.open_source(config.data)
   multilabel = bool(config.get("multilabel", False))
   names, targets = labelling.read_targets(examples.classes, multilabel)
@@ -310,6 +311,40 @@ def save(path: str | os.PathLike[str], divisions: Sequence[Dataset]) -> None:
   if first.fold is not None:
     rows = splitting.join_folds([one.rows for one in divisions])
   stored_splits.save_splits(path, rows, first.examples)
+
+
+def note_duplicates(
+  divisions: Sequence[Dataset],
+  config: ml_collections.ConfigDict,
+  path: str | os.PathLike[str],
+  share: Callable[[Callable[[], Any]], Any],
+) -> list[Dataset]:
+  """Notes which images are in two splits, or in two folds.
+
+  Args:
+    divisions: as `open_divisions` returns them.
+    config: the whole config; of it `data.near_duplicates`.
+    path: of duplicates.json, by which it is done once.
+    share: gives what the first process of a run computes to all.
+
+  Returns:
+    The same, with what was found in their notes.
+  """
+  first = divisions[0]
+  places = {
+    f"the {split} split" if split != "train" else "train": first.rows[split]
+    for split in ("test", "val", "train")
+  }
+  if first.fold is not None:
+    places = {f"fold {one.fold}": one.rows["test"] for one in divisions}
+  notes = share(
+    lambda: duplicates.check(
+      first.examples, places, config.data.near_duplicates, path
+    )
+  )
+  return [
+    dataclasses.replace(one, notes=[*one.notes, *notes]) for one in divisions
+  ]
 
 
 class Read(NamedTuple):

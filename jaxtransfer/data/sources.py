@@ -23,6 +23,7 @@ from absl import logging
 from jaxtransfer.data import images, manifests
 from jaxtransfer.data import names as naming
 from jaxtransfer.errors import MissingSourceError, UsageError
+from jaxtransfer.files import sha256_of
 
 SUFFIXES = frozenset(".png .jpg .jpeg .tif .tiff .bmp .webp".split())
 # How folders and TFDS name the three splits; a manifest says train, val, test.
@@ -71,6 +72,17 @@ class Examples:
       ImageError: it cannot be used, and why.
     """
     raise NotImplementedError
+
+  def digest(self, row: int) -> str:
+    """Returns what is equal for two rows that are the same image.
+
+    Raises:
+      ImageError: it cannot be read, and why.
+    """
+    pixels = self.read(row)
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
 
   def fingerprint(self) -> str:
     """Returns a hash that changes when any of the images may have."""
@@ -135,6 +147,15 @@ class _Files(Examples):
     self._max_pixels = max_pixels
 
   def read(self, row: int) -> np.ndarray:
+    return images.decode(self._path(row), max_pixels=self._max_pixels)
+
+  def digest(self, row: int) -> str:
+    try:
+      return sha256_of(self._path(row))
+    except OSError as e:
+      raise images.ImageError(f"cannot be read: {e.strerror}") from None
+
+  def _path(self, row: int) -> str:
     name = self.names[row]
     path = os.path.join(self._root, name)
     if not os.path.exists(path):
@@ -142,7 +163,7 @@ class _Files(Examples):
       why = manifests.why_missing(name)
       if why and not os.path.exists(path):
         raise images.ImageError(f"no such file; {why}")
-    return images.decode(path, max_pixels=self._max_pixels)
+    return path
 
   def fingerprint(self) -> str:
     # A stat is a round trip on a network file system, and 300,000 in a row
@@ -375,16 +396,21 @@ class _Tfds(Examples):
     raise IndexError(row)
 
   def read(self, row: int) -> np.ndarray:
+    return images.decode(self._encoded(row), max_pixels=self._max_pixels)
+
+  def digest(self, row: int) -> str:
+    return hashlib.sha256(self._encoded(row)).hexdigest()
+
+  def _encoded(self, row: int) -> bytes:
     split, index = self._locate(row)
     if split not in self._sources:
       builder = _tfds_builder(self._name, self._data_dir)
       self._sources[split] = _undecoded(builder, split, self._image_key)
     try:
-      encoded = self._sources[split][index][self._image_key]
+      return self._sources[split][index][self._image_key]
     # The reader raises whatever its C++ side does on a damaged file.
     except Exception as e:
       raise images.ImageError(f"damaged record: {e}") from None
-    return images.decode(encoded, max_pixels=self._max_pixels)
 
   def fingerprint(self) -> str:
     return _hash(self._max_pixels, self._files)

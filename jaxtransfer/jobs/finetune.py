@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxtransfer import configuration, parallel, preview, results
+from jaxtransfer import (
+  configuration,
+  parallel,
+  predictions,
+  preview,
+  results,
+)
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import dataset, pipeline
 from jaxtransfer.measure import evaluation
@@ -119,6 +125,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {len(training.batches):,} steps on {devices}",
     flush=True,
   )
+  (data,) = dataset.note_duplicates(
+    [data], config, workdir.path / "duplicates.json", workdir.share
+  )
   for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 
@@ -160,7 +169,11 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     workdir.path / "export" / "model.safetensors",
     source.card() | images.card(config, data, evaluated),
   )
-  page.write(workdir.path, left)
+  of_test = predictions.of_logits(
+    data, *outputs["test"], evaluated.temperature, plan.last, config.seed
+  )
+  predictions.write(workdir.path / "predictions.csv", [of_test])
+  page.write(workdir.path, left, predictions.show(config, [of_test]))
   return workdir.finish(left)
 
 

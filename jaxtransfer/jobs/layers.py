@@ -29,6 +29,7 @@ from jaxtransfer import (
   files,
   inference,
   parallel,
+  predictions,
   preview,
   progress,
   results,
@@ -84,6 +85,8 @@ class Measured:
     strengths: (networks, probes) chosen on val; NaN where a probe has none.
     beyond: (networks, probes) as `probes.ProbeResult` has it.
     converged: (networks, probes) bool.
+    scores: (N, C) float32 of the pretrained network's first probe, of the test
+      rows that could be read.
   """
 
   values: np.ndarray
@@ -92,6 +95,7 @@ class Measured:
   strengths: np.ndarray
   beyond: np.ndarray
   converged: np.ndarray
+  scores: np.ndarray
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the arrays, atomically."""
@@ -147,6 +151,9 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {len(plan.taps)} taps on {devices}",
     flush=True,
   )
+  (data,) = dataset.note_duplicates(
+    [data], config, workdir.path / "duplicates.json", workdir.share
+  )
   for note in [*data.notes, *source.notes]:
     print(note, flush=True)
 
@@ -191,7 +198,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   left = _results(
     config, plan, source, data, read, measured, costs.table, about
   )
-  page.write(workdir.path, left)
+  cut = left["summary"]["cut"]
+  of_test = _predictions(plan, data, extracted[label], measured, cut)
+  predictions.write(workdir.path / "predictions.csv", of_test)
+  page.write(workdir.path, left, predictions.show(config, of_test[:1]))
   _print(left)
   return workdir.finish(left)
 
@@ -333,6 +343,7 @@ def _measure(
     stored_splits.digest(data.examples),
     [plan.probes, plan.metrics, config.strengths, config.resamples],
     config.seed,
+    [field.name for field in dataclasses.fields(Measured)],
   ]
   digest = hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
   measured = []
@@ -382,6 +393,7 @@ def _probe(
   intervals = np.empty((len(plan.probes), len(plan.metrics), 2))
   chosen, beyond = np.empty(shape), np.empty(shape)
   converged = np.empty(shape, bool)
+  test_scores = np.empty(0)
   resampled = np.empty((len(networks), len(SPLITS), len(weights["test"])))
   first = networks[0].tap(tap)
   # As many networks at a time as fit: all of them but for large sources.
@@ -405,6 +417,8 @@ def _probe(
         )
       except ValueError as e:
         raise errors.RunError(f"{kind} probe of {tap}: {e}") from e
+      if start == p == 0:
+        test_scores = fitted.test_scores[0]
       here = slice(start, start + len(some))
       chosen[here, p], beyond[here, p] = fitted.strength, fitted.beyond
       converged[here, p] = fitted.converged
@@ -420,7 +434,35 @@ def _probe(
                 resampled[r, s] = in_resamples
               if r == 0 and split == "test":
                 intervals[p, m] = bootstrap.interval(in_resamples)
-  return Measured(values, resampled, intervals, chosen, beyond, converged)
+  return Measured(
+    values, resampled, intervals, chosen, beyond, converged, test_scores
+  )
+
+
+def _predictions(
+  plan: Plan,
+  data: dataset.Dataset,
+  extracted: features.Features,
+  measured: Sequence[Measured],
+  cut: str,
+) -> list[predictions.Predictions]:
+  """Returns what the main probe says of the test split.
+
+  Args:
+    plan: the config, checked.
+    data: the images.
+    extracted: the pretrained network's features.
+    measured: of every tap.
+    cut: a tap; the deepest one is the other.
+  """
+  rows = extracted.rows()
+  rows = rows[np.isin(rows, data.rows["test"])]
+  networks = []
+  for tap in dict.fromkeys((cut, plan.taps[-1])):
+    scores = measured[plan.taps.index(tap)].scores
+    values = probes.probabilities(plan.probes[0], scores)
+    networks.append(predictions.Predictions(data, rows, values, tap))
+  return networks
 
 
 def _results(

@@ -30,6 +30,7 @@ from jaxtransfer import (
   hosts,
   inference,
   parallel,
+  predictions,
   preview,
   progress,
   results,
@@ -45,7 +46,7 @@ from jaxtransfer.cuts import (
   Unit,
 )
 from jaxtransfer.data import dataset, pipeline
-from jaxtransfer.measure import evaluation, metrics
+from jaxtransfer.measure import calibration, evaluation, metrics
 from jaxtransfer.networks import functional, tensors, zoo
 from jaxtransfer.networks.network import Network
 from jaxtransfer.report import page, sentences
@@ -109,7 +110,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     f" {', '.join(plan.blocks)} on {devices}",
     flush=True,
   )
-  for note in [*divisions[0].notes, *source.notes]:
+  bench.divisions = dataset.note_duplicates(
+    divisions, config, workdir.path / "duplicates.json", workdir.share
+  )
+  for note in [*bench.first.notes, *source.notes]:
     print(note, flush=True)
   search = _search(bench)
   rows = cuts.compared(
@@ -121,7 +125,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     if workdir.finished:
       return workdir.report_failures()
     left = _report(bench, search, rows, begun)
-    page.write(workdir.path, left)
+    chosen = next(row for row in rows if row.chosen)
+    of_test = bench.predicted(chosen)
+    predictions.write(workdir.path / "predictions.csv", of_test)
+    page.write(workdir.path, left, predictions.show(config, of_test))
     return workdir.finish(left)
 
 
@@ -916,6 +923,28 @@ class _Bench:
       data.outputs(config, *self.outputs(best, "test"), resample=True),
       data.thresholds,
     )
+
+  def predicted(self, row: Row) -> list[predictions.Predictions]:
+    """Returns what a row's best network says of the test split.
+
+    Of folds all say what they say of theirs.
+    """
+    units = row.units if self.config.folds else [self.best(row)[0]]
+    said = []
+    for unit in units:
+      data = self.data(unit)
+      val = data.outputs(self.config, *self.outputs(unit, "val"))
+      temperature = calibration.fit_temperature(*val.decisions())
+      said.append(
+        predictions.of_logits(
+          data,
+          *self.outputs(unit, "test"),
+          temperature,
+          unit.cut,
+          unit.repeat,
+        )
+      )
+    return said
 
   def outputs(self, unit: Unit, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and logits of a split, read once and kept."""

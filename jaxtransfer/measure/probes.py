@@ -196,6 +196,25 @@ def fit_probe(
   )
 
 
+def probabilities(kind: str, scores: npt.ArrayLike) -> np.ndarray:
+  """Returns what a probe's scores say as probabilities.
+
+  A `linear_svm` has none: its signed distances are put through the logistic
+  function, each class against the rest, and do not add up to one.
+
+  Args:
+    kind: one of `KINDS`.
+    scores: (N, C) as `fit_probe` returns them.
+
+  Returns:
+    (N, C) float64, each class's in the order of its scores.
+  """
+  scores = np.asarray(scores, np.float64)
+  if kind == "knn":
+    return scores
+  return scipy.special.expit(scores) if kind == "linear_svm" else np.exp(scores)
+
+
 def _checked(
   train: npt.ArrayLike,
   y: npt.ArrayLike,

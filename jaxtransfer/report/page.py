@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtransfer import files
-from jaxtransfer.report import figures, tables
+from jaxtransfer.report import figures, gallery, tables
 from jaxtransfer.report.markup import (
   Content,
   Html,
@@ -70,6 +70,17 @@ table {
   border-collapse: collapse; font-size: .8125rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; min-width: 100%;
 }
+h3 { margin: 1.5rem 0 .35rem; font-size: 1rem; break-after: avoid; }
+.gallery {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr));
+  gap: 1rem .75rem; margin: 0 0 2rem; padding: 0; list-style: none;
+  font-size: .75rem; line-height: 1.35;
+}
+.gallery li { break-inside: avoid; min-width: 0; }
+.gallery img {
+  display: block; margin-bottom: .25rem; image-rendering: pixelated;
+}
+.gallery b, .gallery span { display: block; }
 .caption { max-width: 46rem; margin: 0 0 .6rem; font-size: .9rem; }
 th, td {
   padding: .35rem .5rem; text-align: right; vertical-align: top;
@@ -136,7 +147,9 @@ summary { cursor: pointer; }
 
 
 def write(
-  workdir: str | os.PathLike[str], results: Mapping[str, Any]
+  workdir: str | os.PathLike[str],
+  results: Mapping[str, Any],
+  galleries: Sequence[gallery.Gallery] = (),
 ) -> pathlib.Path:
   """Writes a run's figures, its table of measurements and its page.
 
@@ -148,6 +161,7 @@ def write(
     workdir: the run's directory; it is made where there is none.
     results: what `results.json` holds: "job", "summary" and "measurements".
       Any value may be null, and so may be left out whatever was not measured.
+    galleries: single images with their words, which are on the page alone.
 
   Returns:
     The page's path.
@@ -168,6 +182,7 @@ def write(
       return _figure(item, workdir / "figures")
     return item
 
+  images = gallery.blocks(galleries)
   body = join(
     _header(job, content.title, summary),
     _notes(summary),
@@ -175,6 +190,7 @@ def write(
       _section(section.heading, *map(block, filter(None, section.blocks)))
       for section in content.sections
     ),
+    _section("Single images", *images) if images else None,
     _section(
       "Every measurement",
       tables.measurement_list(measurements.rows, _INLINE_ROWS),

@@ -45,6 +45,24 @@ def check_json(path: pathlib.Path) -> int:
   return found
 
 
+def read_predictions(
+  path: pathlib.Path, **said: str
+) -> tuple[list[dict[str, str]], np.ndarray]:
+  """Reads a run's predictions.csv.
+
+  Args:
+    path: the workdir.
+    said: what columns must say.
+
+  Returns:
+    The lines, and (N, C) their probabilities.
+  """
+  with open(path / "predictions.csv", newline="", encoding="utf-8") as f:
+    lines = [r for r in csv.DictReader(f) if said.items() <= r.items()]
+  columns = [name for name in lines[0] if name.startswith("probability:")]
+  return lines, np.array([[line[c] for c in columns] for line in lines], float)
+
+
 def write_tiles(
   root: pathlib.Path,
   side: int = 32,

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import sklearn.metrics
 
 from jaxtransfer import errors, workdir
 from jaxtransfer.data import images, pipeline, preprocess, sources
@@ -252,8 +253,31 @@ def test_what_a_run_leaves(finished):
   assert confusion.sum() == rows["test", "accuracy"]["n"]
   accuracy = np.trace(confusion) / confusion.sum()
   assert accuracy == pytest.approx(rows["test", "accuracy"]["value"])
-  assert (finished / "report.html").exists()
+  page = (finished / "report.html").read_text()
+  assert page.count('src="data:image/jpeg') > 12 and "Least confident" in page
   assert len(results["summary"]["epochs"]) == 4
+
+
+def test_predictions_score_what_the_page_says(finished, source):
+  """Recomputed from the file by scikit-learn; every test image stands in it,
+  under the label and the patient that the source gives it."""
+  results = json.loads((finished / "results.json").read_text())
+  rows = {(row["split"], row["metric"]): row for row in results["measurements"]}
+  lines, values = configs.read_predictions(finished)
+  with open(source) as f:
+    given = {row["path"]: row for row in csv.DictReader(f)}
+  assert len({line["name"] for line in lines}) == len(lines)
+  assert len(lines) == results["summary"]["rows"]["test"]
+  for line in lines:
+    row = given[line["name"]]
+    assert (line["label"], line["group"]) == (row["label"], row["group"])
+  truth = np.array([line["label"] == "class 1" for line in lines])
+  score = sklearn.metrics.roc_auc_score(truth, values[:, 1])
+  assert score == pytest.approx(rows["test", "auroc"]["value"], abs=1e-12)
+  assert {float(line["temperature"]) for line in lines} == {
+    results["summary"]["temperature"]
+  }
+  assert {line["tap"] for line in lines} == {"stem"}
 
 
 def test_thresholds_and_doubts_stand_in_all_that_is_left(finished):
@@ -378,9 +402,11 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
       "average": 0.5,
       "metric": "auroc",
       "accumulate": 2,
+      "thumbnails": 0,
     },
   )
   assert _run(config, tmp_path / "run") == 0
+  assert "<img" not in (tmp_path / "run" / "report.html").read_text()
   results = json.loads((tmp_path / "run" / "results.json").read_text())
   typed.check_results(results)
   found = {
@@ -389,6 +415,14 @@ def test_several_labels_on_a_whole_map_with_a_frozen_trunk(source, tmp_path):
     if row["split"] == "test"
   }
   assert found["auroc:old"]["value"] is not None
+  # A probability for each label, beside the label as the source has it; an
+  # image of which a label is unknown has no part in that label's score.
+  lines, values = configs.read_predictions(tmp_path / "run")
+  assert {line["label"] for line in lines} == set(words)
+  known = [i for i, line in enumerate(lines) if "?" not in line["label"]]
+  old = ["old" in lines[i]["label"] for i in known]
+  score = sklearn.metrics.roc_auc_score(old, values[known, 0])
+  assert score == pytest.approx(found["auroc:old"]["value"], abs=1e-12)
   assert results["summary"]["classes"] == ["old", "stripes"]
   export = tmp_path / "run" / "export" / "model.safetensors"
   model = loading.create_model(

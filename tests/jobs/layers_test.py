@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import sklearn.metrics
 from safetensors.numpy import load_file, save_file
 
 from jaxtransfer import errors, inference, workdir
@@ -84,7 +85,7 @@ def _select(results, **said):
 def test_it_leaves_what_the_design_names(finished):
   for name in ("config.json", "metrics.jsonl", "report.html", "splits.json"):
     assert (finished / name).stat().st_size > 0
-  assert configs.check_json(finished) == 5
+  assert configs.check_json(finished) == 6
   typed.check_results(_results(finished))
   with open(finished / "results.csv") as f:
     rows = list(csv.DictReader(f))
@@ -158,6 +159,32 @@ def test_every_tap_is_compared_with_the_cut_on_test(finished):
       assert row["low"] == row["high"] == 0
 
 
+def test_predictions_score_what_the_page_says(finished):
+  """At the cut and at the deepest tap, recomputed by scikit-learn."""
+  results = _results(finished)
+  for tap in {results["summary"]["cut"], TAPS[-1]}:
+    lines, values = configs.read_predictions(finished, tap=tap)
+    assert len(lines) == results["summary"]["rows"]["test"]
+    labels = [line["label"] for line in lines]
+    np.testing.assert_allclose(values.sum(1), 1, rtol=1e-6)
+    said = {"tap": tap, "probe": "logistic", "metric": "auroc"}
+    (row,) = _select(results, split="test", weights="mine.safetensors", **said)
+    own = [
+      sklearn.metrics.roc_auc_score([one == name for one in labels], column)
+      for name, column in zip(
+        results["summary"]["classes"], values.T, strict=True
+      )
+    ]
+    assert np.mean(own) == pytest.approx(row["value"], abs=1e-12)
+  page = (finished / "report.html").read_text()
+  assert page.count('src="data:image/jpeg') > 12
+  lines, _ = configs.read_predictions(finished)
+  assert {line["tap"] for line in lines} == {
+    results["summary"]["cut"],
+    TAPS[-1],
+  }
+
+
 def test_costs_are_those_of_the_cut_network(finished):
   results = _results(finished)
   layer_of = {layer.name: layer for layer in zoo.list_layers("resnet18", 32)}
@@ -214,14 +241,21 @@ def test_a_run_that_stopped_does_nothing_twice(
 
 
 def test_a_bad_image_is_listed_and_the_exit_code_says_so(
-  source, weights, tmp_path
+  finished, source, weights, tmp_path, capsys
 ):
-  """And what is assumed of weights that do not say what network they are."""
+  """And what is assumed of weights that do not say what network they are, and
+  which images are in two splits."""
   folder = tmp_path / "tiles"
   folder.mkdir()
   for path in source.parent.iterdir():
     (folder / path.name).write_bytes(path.read_bytes())
   (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:100])
+  # Drawn again from the same patients, the splits are those of the other run.
+  splits = json.loads((finished / "splits.json").read_text())
+  twins = [
+    f"{next(r for r in splits[s] if r != 7)}.png" for s in ("test", "train")
+  ]
+  (folder / twins[0]).write_bytes((folder / twins[1]).read_bytes())
   theirs = tmp_path / "theirs.safetensors"
   save_file(load_file(weights), theirs)
   config = _config(
@@ -238,6 +272,10 @@ def test_a_bad_image_is_listed_and_the_exit_code_says_so(
     counts = {r["n"] for r in _select(results, split=split)}
     assert counts == {summary["rows"][split]}
   assert sum("no anti-aliasing" in note for note in summary["notes"]) == 1
+  told = f"1 image of the test split is also in train: {' = '.join(twins)}."
+  assert sum(told in note for note in summary["notes"]) == 1
+  assert told in capsys.readouterr().out
+  assert told in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from safetensors.numpy import load_file, save_file
 from scipy import special
 
@@ -357,6 +358,34 @@ def test_every_image_is_tested_once_by_folds(source, tmp_path):
   low, high = bootstrap.interval(again)
   assert whole["test"]["auroc"]["low"] == pytest.approx(low)
   assert whole["test"]["auroc"]["high"] == pytest.approx(high)
+  # Every image once, from the fold that tested it.
+  _check_predictions(path, range(3))
+  lines, _ = configs.read_predictions(path)
+  assert len({line["name"] for line in lines}) == len(lines) == 80
+
+
+def _check_predictions(path, seeds):
+  """Scores predictions.csv with scikit-learn, by repeat, beside the table."""
+  chosen = next(r for r in _results(path)["summary"]["table"] if r["chosen"])
+  lines, _ = configs.read_predictions(path)
+  assert {int(line["seed"]) for line in lines} == set(seeds)
+  for seed in seeds:
+    lines, values = configs.read_predictions(path, seed=str(seed))
+    assert {line["tap"] for line in lines} == {chosen["cut"]}
+    truth = [line["label"] == "class 1" for line in lines]
+    score = sklearn.metrics.roc_auc_score(truth, values[:, 1])
+    found = chosen["test"]["auroc"]["values"][seed]
+    assert score == pytest.approx(found, abs=1e-12)
+
+
+def test_predictions_are_those_of_the_exported_network(finished):
+  summary = _results(finished)["summary"]
+  _check_predictions(finished, [summary["exported"]["seed"]])
+  page = (finished / "report.html").read_text()
+  assert page.count('src="data:image/jpeg') > 12
+  lines, _ = configs.read_predictions(finished)
+  assert len(lines) == summary["rows"]["test"]
+  assert float(lines[0]["temperature"]) == summary["temperature"]
 
 
 def _fail(path, unit):

@@ -220,7 +220,7 @@ def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
   assert "not kept" in done.stdout and "set JAXTRANSFER_CACHE" in done.stdout
   assert "could not be read: 1;" in done.stdout
   run = tmp_path / "run"
-  assert configs.check_json(run) == 5
+  assert configs.check_json(run) == 6
   with open(run / "failures.csv", newline="", encoding="utf-8") as file:
     _, failure = csv.reader(file)
   assert failure[0] == "a\nb\x1b[2J\x01/11\\udcff\r\n.png"

@@ -226,6 +226,14 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def nearest_existing(path: pathlib.Path) -> pathlib.Path:
+  """Returns a path, or the nearest of the directories above that is there."""
+  path = path.absolute()
+  while not path.exists():
+    path = path.parent
+  return path
+
+
 def cache_root() -> pathlib.Path:
   """Returns `$JAXTRANSFER_CACHE` or `~/.cache/jaxtransfer`, there or not.
 

@@ -173,9 +173,7 @@ def main(command: str, argv: Sequence[str]) -> int:
       processes = _join(config.job)
     with _workdir(config, job, command, processes) as claimed:
       if claimed.finished:
-        # Of several processes the first compares for all.
-        missing = _not_compared(config) if processes.first else None
-        missing = processes.broadcast(missing)
+        missing = claimed.share(lambda: _not_compared(config))
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         if missing:
           print(f"Its data were not compared with what they are now: {missing}")

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxtransfer import configuration, features, parallel, progress
+from jaxtransfer import configuration, features, files, parallel, progress
 from jaxtransfer.data import pipeline
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.measure import probes
@@ -268,10 +268,7 @@ def tell(
     lines += _splits(data)
   remarks = [note for data in divisions for note in data.notes] + list(notes)
   lines += ["", *dict.fromkeys(remarks)] if remarks else []
-  there = path.absolute()
-  while not there.exists():
-    there = there.parent
-  free = shutil.disk_usage(there).free
+  free = shutil.disk_usage(files.nearest_existing(path)).free
   computed = f"{speed.computing.high * 1e3:,.0f}"
   lines += [
     "",

@@ -238,9 +238,7 @@ def look(
   path = pathlib.Path(path)
   _check_name(path)
   config = json.loads(json.dumps(files.finite(config)))
-  there = path.absolute()
-  while not there.exists():
-    there = there.parent
+  there = files.nearest_existing(path)
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     reason = errno.EACCES if there.is_dir() else errno.ENOTDIR
     raise errors.UsageError(

@@ -163,7 +163,7 @@ def _map(
 def _hash(examples: Examples, row: int) -> str:
   """Returns a perceptual hash, 256 bits in hexadecimal digits."""
   # An extra: `check_installed` has looked for it.
-  import imagehash  # pyrefly: ignore[missing-import]
+  import imagehash
 
   return str(imagehash.phash(Image.fromarray(examples.read(row)), _SIDE))
 

@@ -238,8 +238,7 @@ def _preview(
   small = [zoo.count(zoo.build(name), size)[1] / macs for name in plan.small]
   least, most = least + small, most + small
   state = preview.bytes_of_training(training)
-  data = bench.divisions[0]
-  judged = len(data.rows["val"])
+  judged = len(bench.first.rows["val"])
   speed, once = preview.of_training(training, bench.devices, judged)
   # Halving ends most of them early; what is frozen needs no backward pass.
   halved = 2.0**-config.halving / 3
@@ -930,12 +929,12 @@ class _Bench:
     Of folds all say what they say of theirs.
     """
     units = row.units if self.config.folds else [self.best(row)[0]]
-    said = []
+    networks = []
     for unit in units:
       data = self.data(unit)
       val = data.outputs(self.config, *self.outputs(unit, "val"))
       temperature = calibration.fit_temperature(*val.decisions())
-      said.append(
+      networks.append(
         predictions.of_logits(
           data,
           *self.outputs(unit, "test"),
@@ -944,7 +943,7 @@ class _Bench:
           unit.repeat,
         )
       )
-    return said
+    return networks
 
   def outputs(self, unit: Unit, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and logits of a split, read once and kept."""

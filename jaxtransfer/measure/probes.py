@@ -802,16 +802,17 @@ def _fit_path(
     while True:
       weights, done, more = _descend(*fixed, change, weights, limit)
       iterations = iterations + np.asarray(more)
+      done = np.asarray(done)
       # Independent classes of one fit are one fit to whoever reads of it.
-      converged = np.asarray(np.asarray(done).all(2))
+      converged = np.asarray(done.all(2))
       if converged.all() or iterations.max() >= MAX_ITERATIONS:
         break
       # Once the iterations have cost what Newton's method is about to: then
       # both together cost at most twice what the better one would have.
-      rest = np.count_nonzero(~np.asarray(done)) * width
+      rest = np.count_nonzero(~done) * width
       if newton and rest <= 12 * iterations.max() * iterations.size:
         weights, converged, iterations = _finish_hinge(
-          x, onehot, squares, filled, weights, np.asarray(done), iterations
+          x, onehot, squares, filled, weights, done, iterations
         )
         break
       hard = True

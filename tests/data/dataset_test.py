@@ -9,8 +9,8 @@ from sklearn.utils import class_weight
 
 from jaxtransfer import errors
 from jaxtransfer.data import dataset, sources
-from jaxtransfer.data import labels as labelling
 from jaxtransfer.measure import bootstrap
+from tests.data import tiles
 from tests.jobs import configs
 
 
@@ -23,13 +23,6 @@ def _source(classes, labels, groups=None, names=None):
   )
 
 
-def _data(source, multilabel=False, **rows):
-  names, targets = labelling.read_targets(source.classes, multilabel)
-  everything = np.arange(len(source))
-  rows = {**dict.fromkeys(("train", "val", "test"), everything), **rows}
-  return dataset.Dataset(source, rows, names, targets, multilabel)
-
-
 def _config(**changes):
   config = configs.load("finetune", "resnet18")
   config.update_from_flattened_dict(changes)
@@ -39,7 +32,7 @@ def _config(**changes):
 def test_balanced_weights_are_scikit_learns():
   """Of the train split alone: the other rows would change them."""
   labels = np.array([0] * 7 + [1] * 2 + [2] * 3 + [1] * 20)
-  data = _data(_source(list("abc"), labels), train=np.arange(12))
+  data = tiles.divide(_source(list("abc"), labels), train=np.arange(12))
   expected = class_weight.compute_class_weight(
     "balanced", classes=np.arange(3), y=labels[:12]
   )
@@ -52,7 +45,7 @@ def test_balanced_weights_of_several_labels_are_absent_to_there():
   """torch's pos_weight; an unknown label is neither there nor absent."""
   classes = ["-", "x", "x;y", "?x;y"]
   labels = np.array([0, 0, 0, 1, 2, 3, 3])
-  data = _data(_source(classes, labels), multilabel=True)
+  data = tiles.divide(_source(classes, labels), multilabel=True)
   weights = data.class_weights("balanced")
   # x: there in 2, absent in 3, unknown in 2; y: there in 3, absent in 4.
   np.testing.assert_allclose(weights, [3 / 2, 4 / 3], rtol=1e-6)
@@ -100,7 +93,7 @@ def test_seeds_share_the_draw_and_folds_do_not():
   """Networks compared within a fold are drawn alike, whichever seed they had;
   another fold has other patients, and a draw of its own."""
   labels = np.arange(40) % 2
-  data = _data(_source(["a", "b"], labels))
+  data = tiles.divide(_source(["a", "b"], labels))
   rows = np.arange(40)
 
   def drawn(fold):
@@ -172,7 +165,7 @@ def test_what_could_not_be_read_is_not_counted():
   """By name, in every split; an image that stands twice is gone twice."""
   rows = {"train": np.array([0, 3]), "val": np.array([1]), "test": np.arange(3)}
   source = _source(["x"], [0] * 4, names=["a", "b", "c", "a"])
-  data = _data(source, **rows)
+  data = tiles.divide(source, **rows)
   read = data.without({"a": "cut short"}).rows
   assert {split: r.tolist() for split, r in read.items()} == {
     "train": [],
@@ -190,7 +183,7 @@ def test_notes_on_a_split_are_of_what_was_read():
   whose images are all gone is named, and other notes stay."""
   labels = np.array([0] * 40 + [1] * 2)
   groups = [str(i // 2) for i in range(42)]
-  data = _data(_source(["a", "b"], labels, groups))
+  data = tiles.divide(_source(["a", "b"], labels, groups))
   assert data.holdings() == []
   data = dataclasses.replace(data, notes=["another"])
   gone = {f"{i}.png": "" for i in range(36, 42)}

@@ -7,9 +7,9 @@ import pytest
 from jaxtransfer import errors, parallel
 from jaxtransfer.data import dataset, sources
 from jaxtransfer.data import images as imaging
-from jaxtransfer.data import labels as labelling
 from jaxtransfer.measure import calibration, evaluation
 from jaxtransfer.training import images
+from tests.data import tiles
 from tests.jobs import configs
 from tests.training import examples
 
@@ -30,13 +30,6 @@ class _Source(sources.Examples):
     if row in self._broken:
       raise imaging.ImageError("cut short")
     return np.zeros((16, 16, 3), np.uint8)
-
-
-def _data(source, multilabel=False, **rows):
-  names, targets = labelling.read_targets(source.classes, multilabel)
-  everything = np.arange(len(source))
-  rows = {**dict.fromkeys(("train", "val", "test"), everything), **rows}
-  return dataset.Dataset(source, rows, names, targets, multilabel)
 
 
 def _config(**changes):
@@ -83,9 +76,9 @@ def test_intervals_are_over_groups():
   rng = np.random.default_rng(0)
   labels = np.arange(24) % 2
   logits = rng.normal(size=(24, 2)) + np.eye(2)[labels]
-  alone = _data(_Source(["a", "b"], labels))
+  alone = tiles.divide(_Source(["a", "b"], labels))
   groups = [f"patient {i:02}" for i in range(24) for _ in range(5)]
-  together = _data(_Source(["a", "b"], labels.repeat(5), groups))
+  together = tiles.divide(_Source(["a", "b"], labels.repeat(5), groups))
   _, expected = _evaluated(alone, logits, logits)
   five = logits.repeat(5, 0)
   _, values = _evaluated(together, five, five)
@@ -105,7 +98,7 @@ def test_intervals_of_rare_combinations_of_labels_have_a_width():
     ";".join(w for i, w in enumerate(words) if number >> i & 1) or "-"
     for number in range(16)
   ]
-  data = _data(_Source(classes, np.arange(16)), multilabel=True)
+  data = tiles.divide(_Source(classes, np.arange(16)), multilabel=True)
   logits = np.random.default_rng(0).normal(size=(16, 4))
   _, values = _evaluated(data, logits, logits, multilabel=True)
   for metric in ("accuracy", "loss", "auroc"):
@@ -120,7 +113,7 @@ def test_the_temperature_is_that_of_validation():
   logits = rng.normal(size=(300, 3)) * 2
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
   labels = np.array([rng.choice(3, p=of) for of in p])
-  data = _data(_Source(list("abc"), labels))
+  data = tiles.divide(_Source(list("abc"), labels))
   evaluated, _ = _evaluated(data, 3 * logits, logits / 2)
   expected = calibration.fit_temperature(labels, 3 * logits)
   assert evaluated.temperature == pytest.approx(expected, rel=1e-3)
@@ -130,7 +123,7 @@ def test_the_temperature_is_that_of_validation():
 def test_what_is_counted_is_what_a_score_is_of():
   """A label that is not known of an image is not scored there."""
   classes = ["x", "y", "?x;y", "-"]
-  data = _data(_Source(classes, [0, 1, 2, 3] * 10), multilabel=True)
+  data = tiles.divide(_Source(classes, [0, 1, 2, 3] * 10), multilabel=True)
   logits = np.random.default_rng(0).normal(size=(40, 2))
   evaluated, values = _evaluated(data, logits, logits, multilabel=True)
   assert values["test", "auroc"].images == 40
@@ -145,7 +138,7 @@ def test_thresholds_are_of_the_calibrated_probability():
   rng = np.random.default_rng(0)
   labels = np.arange(200) % 2
   logits = 3 * (rng.normal(size=(200, 2)) + np.eye(2)[labels])
-  data = _data(_Source(["no", "yes"], labels))
+  data = tiles.divide(_Source(["no", "yes"], labels))
   changes = {"positive": "no", "prevalence": 0.2}
   evaluated, _ = _evaluated(data, logits, logits, **changes)
   card = images.card(_config(), data, evaluated)["operating_points"]
@@ -164,7 +157,7 @@ def test_thresholds_are_of_the_calibrated_probability():
 
 def test_too_many_unreadable_images_do_not_hide_why_reading_ended():
   """SIGTERM among the batches of validation is still SIGTERM, and saves."""
-  data = _data(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
+  data = tiles.divide(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
   strict = {"data.max_failures": 0.0}
 
   class Asked(Exception):
@@ -185,7 +178,7 @@ def test_too_many_unreadable_images_do_not_hide_why_reading_ended():
 def test_the_limit_counts_what_the_run_knows():
   """One image broken in an earlier pass and one in this are two of sixteen;
   what another split lost is that one's."""
-  data = _data(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
+  data = tiles.divide(_Source(["a", "b"], np.arange(16) % 2, broken={0}))
   data.rows["test"] = np.arange(4)
   begun = _task(data, **{"data.max_failures": 1.5 / 16})
   begun.failures["image 9"] = "cut short"
@@ -206,7 +199,7 @@ def test_a_network_without_a_head_is_refused():
   with pytest.raises(errors.UsageError, match="without a head"):
     images.ImageTask(
       _config(),
-      _data(source),
+      tiles.divide(source),
       examples.network(num_classes=None),
       parallel.Devices("jit", jax.devices()[:1]),
       mean=(0.5, 0.5, 0.5),

@@ -8,6 +8,8 @@ INSTALLED = $(VENV)/installed
 WORKDIR ?= runs/quickstart
 # Four workers on a laptop's cores would fight for them; two fill a small CI.
 WORKERS ?= 2
+# By file, whose tests share a finished run and what was compiled.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 .PHONY: install quickstart test test-slow test-all check coverage lowest clean
 
@@ -28,10 +30,10 @@ quickstart: $(INSTALLED)
 
 # ARGS: more for pytest, e.g. `make test ARGS="tests/data -k manifest"`.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow
 
@@ -42,7 +44,7 @@ check: $(INSTALLED)
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet pytest-cov
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' --cov=jaxtransfer \
+	$(PYTEST) -m 'not slow' --cov=jaxtransfer \
 	  --cov-report=html --cov-report=term $(ARGS)
 
 # The oldest versions that pyproject.toml allows, in place of the newest.

@@ -1,6 +1,8 @@
 """Eight virtual devices and private caches for every test."""
 
 import atexit
+import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -25,6 +27,26 @@ import pytest  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+  """Lets XLA hurry where a test's programs run for milliseconds.
+
+  What is compiled in half the time and runs half as fast computes the same. The
+  slow tests, and one alone, are compiled as users' programs are.
+  """
+  if config.option.markexpr != "not slow":
+    return
+  hurry = ["--xla_backend_optimization_level=0"]
+  # The newer emitters need twice the time; later versions have no others.
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    hurry.append("--xla_cpu_use_fusion_emitters=false")
+  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *hurry])
+
+
+def pytest_collection_finish():
+  """Thousands of tests are no garbage: Python need not look at them again."""
+  gc.freeze()
 
 
 @pytest.fixture

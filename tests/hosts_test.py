@@ -252,6 +252,7 @@ def _flat(value):
   return [value] if isinstance(value, float) else []
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(pair, tmp_path):
   """Twenty-one steps: each process reads half of a batch and the gradient is
   the sum over both, so only the order of sums differs from one process. Both
@@ -279,6 +280,7 @@ def test_two_processes_train_as_one(pair, tmp_path):
     np.testing.assert_allclose(_flat(row), _flat(other), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(pair):
   """The first process sees it, and tells the others."""
   outputs = pair.finish()
@@ -286,6 +288,7 @@ def test_a_finished_run_is_not_run_again(pair):
   assert "is finished" not in outputs[1][1]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_ends_all(pair, tmp_path):
   """One host has not got the images: each says so and none waits."""
   run = _Run(tmp_path / "run", pair.cache)
@@ -295,6 +298,7 @@ def test_a_mistake_of_one_process_ends_all(pair, tmp_path):
   assert not (run.path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_unreadable_images_of_all_processes_are_counted(pair, tmp_path):
   """Whoever meets a broken file, it is listed once, and what one has not seen
   itself ends it too when together there are too many."""

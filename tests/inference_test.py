@@ -44,8 +44,15 @@ def _measure(network, devices, directory, taps=TAPS):
   )
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize(
+  "name, mode",
+  [
+    ("densenet121", "jit"),
+    pytest.param("resnet18", "pmap", marks=pytest.mark.slow),
+    pytest.param("resnet18", "jit", marks=pytest.mark.slow),
+    pytest.param("densenet121", "pmap", marks=pytest.mark.slow),
+  ],
+)
 def test_the_parts_put_together_are_the_network(name, mode):
   """What is timed computes the taps of the network itself: each part's map is
   the next one's input, and the networks cut at the ends of stages are whole.

@@ -46,9 +46,14 @@ def _run(*arguments):
     (["--config=layer:resnet18", "--workdir=w"], "--config=layers:resnet18?"),
     (["layers", "--workdir=w"], "did you mean --config=layers?"),
     (["--config=README.md", "--workdir=w"], "README.md, line "),
-    ([CONFIG, "--workdir=w", "--config.strengths=a"], "config.strengths"),
     ([CONFIG, "--workdir=w", "--config.job=layer"], "layer"),
-    ([CONFIG, "--workdir=w", "--config.data="], "config.data.source"),
+    # The job itself looks at these, after JAX.
+    *(
+      pytest.param(
+        [CONFIG, "--workdir=w", f"--{key}={value}"], key, marks=pytest.mark.slow
+      )
+      for key, value in (("config.strengths", "a"), ("config.data", ""))
+    ),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(arguments, says, tmp_path):
@@ -62,12 +67,14 @@ def test_a_mistake_is_one_line_and_exit_code_two(arguments, says, tmp_path):
   assert len(lines) == 1 and says in lines[0], done.stderr
 
 
+@pytest.mark.slow
 def test_the_short_form_of_the_source_means_the_key(tmp_path):
   """`--config.data=x` is how people write it."""
   done = _run(CONFIG, f"--workdir={tmp_path}", "--config.data=/no/such.csv")
   assert done.returncode == 2 and "/no/such.csv" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_ends_before_the_workdir_is_made(tmp_path):
   """Through the command line, with what the parser and the checks refuse."""
   arguments = (
@@ -136,6 +143,7 @@ def test_a_workdir_that_cannot_be_made_is_a_mistake_in_the_flag(tmp_path):
   assert "--workdir" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_images_that_stop_a_run_are_all_listed(tmp_path):
   """The user needs to find them all, not the first of them."""
   manifest = configs.write_tiles(tmp_path, images=40)
@@ -172,6 +180,7 @@ main.run()
 """
 
 
+@pytest.mark.slow
 def test_a_run_ends_whatever_it_is_started_in_and_on(tmp_path):
   """Names and classes that no encoding holds, a terminal of ASCII, a notebook's
   backend, no home: the report is there, the unreadable image is named, and the
@@ -248,6 +257,7 @@ def small_disk(tmp_path):
   subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("job", "network", "size", "file", "changes"),
   [
@@ -336,13 +346,13 @@ def test_a_signal_while_it_starts_ends_it_without_a_traceback(
 
 
 @pytest.mark.parametrize(
-  ("number", "code", "says"),
+  ("number", "code"),
   [
-    (signal.SIGTERM, 143, "the same command resumes"),
-    (signal.SIGINT, 130, "the same command resumes"),
+    (signal.SIGTERM, 143),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
   ],
 )
-def test_a_signal_ends_a_run_with_its_code(tmp_path, number, code, says):
+def test_a_signal_ends_a_run_with_its_code(tmp_path, number, code):
   """Sent once the job has begun: no traceback, and the way to go on."""
   arguments = [
     f"--config={ROOT / 'configs' / 'quickstart.py'}",
@@ -360,4 +370,4 @@ def test_a_signal_ends_a_run_with_its_code(tmp_path, number, code, says):
     process.send_signal(number)
     _, errors = process.communicate()
   assert process.returncode == code, errors
-  assert says in errors and "Traceback" not in errors
+  assert "the same command resumes" in errors and "Traceback" not in errors

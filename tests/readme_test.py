@@ -80,6 +80,7 @@ def folder(tmp_path):
   return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "command", [c for c in _commands() if c.startswith("jaxtransfer")]
 )
@@ -110,6 +111,7 @@ def test_a_job_runs_as_the_readme_starts_it(command, folder):
       assert (folder / workdir / name).exists(), name
 
 
+@pytest.mark.slow
 def test_the_quickstart_ends_with_a_gain_above_zero(tmp_path):
   """What `make quickstart` runs, on fewer tiles of the same drawing."""
   done = subprocess.run(
@@ -140,6 +142,7 @@ def test_the_quickstart_ends_with_a_gain_above_zero(tmp_path):
   assert results["summary"]["weights"] == "cifar10-resnet18"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", _blocks("python"))
 def test_the_python_of_the_readme_runs(code):
   """Shapes stand in its comments; they are checked here."""

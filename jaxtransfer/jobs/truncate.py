@@ -639,6 +639,9 @@ class _Bench:
     self.config, self.plan, self.devices = config, plan, devices
     self.divisions, self.source, self.path = divisions, source, path
     self.kept = Units(path / "units")
+    # Of the last method and cut: its repeats come one after the other, and
+    # tracing a deep network takes longer than an epoch of few images.
+    self._programs: dict[tuple[str, str], images.Programs] = {}
     self.random = dataclasses.replace(
       loading.resolve_weights(plan.network, None),
       mean=source.mean,
@@ -771,6 +774,8 @@ class _Bench:
     frozen = {"fat": len(names)}.get(unit.method, 0)
     if unit.method == "lwft":
       frozen = names.index(network.resolve(unit.cut)) + 1
+    # Folds have class weights and steps of their own.
+    same = None if self.config.folds else (unit.method, unit.cut)
     training = images.ImageTask(
       self.config,
       self.data(unit),
@@ -782,7 +787,9 @@ class _Bench:
       metric=self.config.epoch_metric,
       frozen=frozen,
       backbone=_LWFT_RATE if unit.method == "lwft" else None,
+      programs=self._programs.get(same) if same else None,
     )
+    self._programs = {same: training.programs} if same else {}
     training.failures |= _unreadable(self)
     return training
 

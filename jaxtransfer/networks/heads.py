@@ -17,8 +17,8 @@ class Linear(nnx.Module):
   """
 
   def __init__(self, channels_in: int, channels_out: int):
-    self.kernel = nnx.Param(jnp.zeros((channels_in, channels_out)))
-    self.bias = nnx.Param(jnp.zeros((channels_out,)))
+    self.kernel = nnx.Param(layers.without_value(channels_in, channels_out))
+    self.bias = nnx.Param(layers.without_value(channels_out))
 
   def __call__(self, features: jax.Array) -> jax.Array:
     logits = jnp.dot(

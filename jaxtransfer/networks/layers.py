@@ -1,7 +1,7 @@
 """The few layers that the networks are made of, exact to torch's.
 
-Every layer is built without values (`zoo.build` traces the constructors), so a
-constructor only says which shapes there are; `tensors.load` fills them.
+Every layer is built without values: a constructor only says which shapes there
+are, and `tensors.load` fills them.
 """
 
 import functools
@@ -15,6 +15,14 @@ from flax import nnx
 from jax import lax
 
 from jaxtransfer.networks import convolution
+
+
+def without_value(*shape: int) -> jax.ShapeDtypeStruct:
+  """Returns what a variable holds until it is given its value.
+
+  A network is then built without tracing or allocating anything.
+  """
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 class Conv(nnx.Module):
@@ -45,7 +53,7 @@ class Conv(nnx.Module):
     self.groups = groups
     self.dtype = dtype
     self.kernel = nnx.Param(
-      jnp.zeros((size, size, channels_in // groups, channels_out))
+      without_value(size, size, channels_in // groups, channels_out)
     )
 
   def __call__(self, x_NHWC: jax.Array) -> jax.Array:
@@ -103,10 +111,10 @@ class BatchNorm(nnx.Module):
     self, channels: int, *, dtype: jax.typing.DTypeLike = jnp.float32
   ):
     self.dtype = dtype
-    self.scale = nnx.Param(jnp.zeros((channels,)))
-    self.bias = nnx.Param(jnp.zeros((channels,)))
-    self.mean = nnx.BatchStat(jnp.zeros((channels,)))
-    self.var = nnx.BatchStat(jnp.zeros((channels,)))
+    self.scale = nnx.Param(without_value(channels))
+    self.bias = nnx.Param(without_value(channels))
+    self.mean = nnx.BatchStat(without_value(channels))
+    self.var = nnx.BatchStat(without_value(channels))
 
   def __call__(
     self, x_NHWC: jax.Array | Measured, train: bool | str = False

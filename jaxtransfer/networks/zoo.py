@@ -208,22 +208,19 @@ def build(
     )
   dtype = jnp.dtype(dtype)
 
-  def construct() -> Network:
-    layers = []
-    for layer in kind.make_layers(spec, dtype, full):
-      layers.append(layer)
-      if layer[0] == last:
-        break
-    return Network(
-      name,
-      kind,
-      layers,
-      aliases,
-      relu=kind.final_relu and until is None and final_relu,
-      num_classes=num_classes,
-      dtype=dtype,
-      flatten=flatten,
-      slim_after=full,
-    )
-
-  return nnx.eval_shape(construct)
+  layers = []
+  for layer in kind.make_layers(spec, dtype, full):
+    layers.append(layer)
+    if layer[0] == last:
+      break
+  return Network(
+    name,
+    kind,
+    layers,
+    aliases,
+    relu=kind.final_relu and until is None and final_relu,
+    num_classes=num_classes,
+    dtype=dtype,
+    flatten=flatten,
+    slim_after=full,
+  )

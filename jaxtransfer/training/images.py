@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,18 @@ class Objective:
     return sums, functional.split(network)[2]
 
 
+class Programs(NamedTuple):
+  """What is compiled for a task.
+
+  Attributes:
+    step: of training, as `parallel.Devices.compile_step` makes it.
+    forward: the logits of images, as `inference.compile_forward` makes it.
+  """
+
+  step: Callable[..., tuple[steps.State, Arrays]]
+  forward: Callable[[functional.Numbers, jax.Array], Any]
+
+
 class ImageTask:
   """A network, the images it is trained on, and how: a `loop.Task`.
 
@@ -123,6 +135,8 @@ class ImageTask:
     frozen: how many of the network's first layers are not trained.
     backbone: learning rate of all but the head, as a share of the head's; the
       config's by default.
+    programs: of a task that differs in its seed and its network's numbers
+      alone, so that what was compiled for it serves this one, too.
 
   Attributes:
     config: as given.
@@ -130,6 +144,7 @@ class ImageTask:
     recipe: what a step does.
     settings: of the loop.
     failures: image -> why it could not be read, of all splits read so far.
+    programs: the compiled step, and the compiled network.
 
   Raises:
     UsageError: a key of the config is out of range.
@@ -148,6 +163,7 @@ class ImageTask:
     metric: str,
     frozen: int = 0,
     backbone: float | None = None,
+    programs: "Programs | None" = None,
   ):
     if network.head is None:
       raise errors.UsageError("a network without a head cannot be trained")
@@ -208,11 +224,9 @@ class ImageTask:
       std=std,
       batch_norm=config.batch_norm,
     )
-    self._step = devices.compile_step(
-      steps.make_step(self._objective, self.recipe)
-    )
-    self._forward = inference.compile_forward(
-      graph, inference.logits, devices, mean, std
+    self.programs = programs or Programs(
+      devices.compile_step(steps.make_step(self._objective, self.recipe)),
+      inference.compile_forward(graph, inference.logits, devices, mean, std),
     )
 
   @property
@@ -230,7 +244,7 @@ class ImageTask:
   def step(self, epoch: int) -> Callable[..., tuple[steps.State, Arrays]]:
     """Returns the compiled step, the same in every epoch."""
     del epoch
-    return self._step
+    return self.programs.step
 
   def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Sends a batch to the devices."""
@@ -274,7 +288,7 @@ class ImageTask:
   ) -> tuple[np.ndarray, np.ndarray]:
     return inference.read(
       inference.run(
-        lambda pixels: self._forward(numbers, pixels),
+        lambda pixels: self.programs.forward(numbers, pixels),
         batches,
         self._devices,
         stop=stop,

@@ -208,6 +208,7 @@ def test_tiles_use_the_range_of_uint8_without_clipping(task):
   assert (green < red).all() and (green < blue).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_pixels_hardly_tell_what_the_scene_decides(task):
   """The data set's purpose: solvable, but not by a linear reader of pixels.
@@ -229,6 +230,7 @@ def test_pixels_hardly_tell_what_the_scene_decides(task):
   assert oracle - linear > 0.2
 
 
+@pytest.mark.slow
 def test_gland_classes_share_one_budget():
   """Arrangement differs; how much there is of everything does not.
 

@@ -177,6 +177,7 @@ def uninterrupted(source, tmp_path_factory):
   return cache, expected
 
 
+@pytest.mark.slow
 def test_stopped_runs_end_as_one_that_was_not(source, uninterrupted, tmp_path):
   """Killed while it saves, then asked to end, then left alone: bit by bit the
   same parameters, and the same lines of metrics.jsonl. All that a step depends

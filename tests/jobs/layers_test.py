@@ -200,6 +200,7 @@ def test_costs_are_those_of_the_cut_network(finished):
     assert cost["peak_memory_bytes"] > 4 * cost["params"] + 8 * 32 * 32 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_another_run_of_the_same_config_gives_the_same_numbers(
   finished, source, weights, tmp_path, mode

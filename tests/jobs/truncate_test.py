@@ -291,6 +291,7 @@ def test_nothing_is_trained_twice(finished, source, tmp_path):
   assert scores(before) == scores(after)
 
 
+@pytest.mark.slow
 def test_halving_drops_cuts_and_changes_no_other(finished, source, tmp_path):
   """A training that was paused and went on is that which never paused."""
   path = tmp_path / "run"
@@ -313,6 +314,7 @@ def test_halving_drops_cuts_and_changes_no_other(finished, source, tmp_path):
       assert all(np.array_equal(found[n], numbers[n]) for n in numbers)
 
 
+@pytest.mark.slow
 def test_halving_is_the_same_when_it_is_done_again(source, tmp_path):
   """What was trained after a round has no part in it: gone through a second
   time, as after a stop, with everything trained, it drops the same cuts."""
@@ -333,6 +335,7 @@ def test_halving_is_the_same_when_it_is_done_again(source, tmp_path):
   ]
 
 
+@pytest.mark.slow
 def test_every_image_is_tested_once_by_folds(source, tmp_path):
   path = tmp_path / "run"
   config = _config(source, folds=3, methods="ttl", taps="block1")
@@ -394,7 +397,9 @@ def _fail(path, unit):
   (path / "units" / unit / "failed.json").write_text(reason)
 
 
-@pytest.mark.parametrize("cut", ["block2", "block4"])
+@pytest.mark.parametrize(
+  "cut", [pytest.param("block2", marks=pytest.mark.slow), "block4"]
+)
 def test_a_failed_training_is_reported_and_the_rest_go_on(
   source, tmp_path, cut
 ):
@@ -416,6 +421,7 @@ def test_a_failed_training_is_reported_and_the_rest_go_on(
   assert missing == (cut == "block4")
 
 
+@pytest.mark.slow
 def test_a_baseline_that_fails_everywhere_is_left_out(source, tmp_path):
   path = tmp_path / "run"
   for cut in ("block1", "block2"):
@@ -426,6 +432,7 @@ def test_a_baseline_that_fails_everywhere_is_left_out(source, tmp_path):
   assert len(summary["failed"]) == 2
 
 
+@pytest.mark.slow
 def test_every_baseline_stands_in_the_table(finished, source, tmp_path):
   """Both stages and all methods, from weights: each row of the table is there
   a second time from random ones, and the small network once."""
@@ -483,6 +490,7 @@ def test_every_baseline_stands_in_the_table(finished, source, tmp_path):
   assert sum("are assumed" in note for note in summary["notes"]) == 1
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_listed_whatever_split_they_are_in(
   source, tmp_path
 ):
@@ -519,6 +527,7 @@ def test_unreadable_images_are_listed_whatever_split_they_are_in(
   assert any(note.startswith(said) for note in results["summary"]["notes"])
 
 
+@pytest.mark.slow
 def test_a_diverged_training_fails_alone(source, tmp_path):
   """At an absurd rate nothing can be chosen: one line, and the reasons stay."""
   config = _config(
@@ -530,6 +539,7 @@ def test_a_diverged_training_fails_alone(source, tmp_path):
   assert len(reasons) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_trainings(source, tmp_path):
   """Each says what it has trained: together everything, nothing twice."""
   path = tmp_path / "run"

@@ -95,6 +95,16 @@ def test_average_pool_leaves_out_an_odd_row_and_column():
   np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
+def begun(scale, bias):
+  """A BatchNorm whose running statistics are zero."""
+  layer = layers.BatchNorm(len(scale))
+  layer.scale.set_value(scale)
+  layer.bias.set_value(bias)
+  layer.mean.set_value(jnp.zeros_like(bias))
+  layer.var.set_value(jnp.zeros_like(bias))
+  return layer
+
+
 def norm(channels, dtype=jnp.float32, seed=0):
   """A BatchNorm with random numbers, and these in float64."""
   random = np.random.default_rng(seed)
@@ -193,10 +203,7 @@ def test_gradients_reach_through_the_batch_statistics():
   scale, bias = layer.scale[...], layer.bias[...]
 
   def loss(x):
-    fresh = layers.BatchNorm(3)
-    fresh.scale.set_value(scale)
-    fresh.bias.set_value(bias)
-    return (fresh(x, train=True) * weights).sum()
+    return (begun(scale, bias)(x, train=True) * weights).sum()
 
   gradient = np.asarray(jax.grad(loss)(x), float)
   size = np.abs(gradient).sum((0, 1, 2))
@@ -219,10 +226,7 @@ def test_gradients_are_those_of_the_whole_batch(devices):
 
   def ours(x, scale, bias, dy):
     def loss(x, scale, bias):
-      fresh = layers.BatchNorm(3)
-      fresh.scale.set_value(scale)
-      fresh.bias.set_value(bias)
-      return (fresh(x, train="data") * dy).sum()
+      return (begun(scale, bias)(x, train="data") * dy).sum()
 
     dx, dscale, dbias = jax.grad(loss, (0, 1, 2))(x, scale, bias)
     return dx, *jax.lax.psum((dscale, dbias), "data")
@@ -256,8 +260,7 @@ def test_channels_measured_apart_are_those_measured_together(dtype):
   weights = jnp.asarray(random.normal(size=(4, 5, 6, 5)), jnp.float32)
 
   def normalise(x, scale):
-    layer = layers.BatchNorm(len(scale))
-    layer.scale.set_value(scale)
+    layer = begun(scale, jnp.zeros_like(scale))
     y = layer(x, train="data")
     return y, layer.mean[...], layer.var[...]
 

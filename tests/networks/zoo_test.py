@@ -112,7 +112,9 @@ def test_every_cut_holds_what_it_lists_and_nothing_beyond(name):
   "name, at",
   [
     ("resnet18", ["stem", "layer1.0", "layer2", "layer3.1", "layer4"]),
-    ("resnext50_32x4d", ["layer1.0", "layer2.0"]),
+    pytest.param(
+      *("resnext50_32x4d", ["layer1.0", "layer2.0"]), marks=pytest.mark.slow
+    ),
     (
       "densenet121",
       ["stem", "denseblock1.denselayer2", "denseblock1", "transition1"],
@@ -151,6 +153,7 @@ def products(function, *args):
   return inside(jax.make_jaxpr(function)(*args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
 def test_all_taps_come_from_one_pass(name):
   """As many products as the plain forward has; a shallow tap needs fewer."""
@@ -279,6 +282,7 @@ def test_images_too_small_for_a_densenet_are_refused():
   small = network.Network(
     "small", densenet.FAMILY, layers, {}, True, None, dtype
   )
+  tensors.load(small, draw.tensors(tensors.shapes(small), 0))
 
   def shape(size):
     return jax.eval_shape(small, images(1, size)).shape
@@ -288,8 +292,13 @@ def test_images_too_small_for_a_densenet_are_refused():
     shape(28)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "name, until", [("resnet18", None), ("densenet121", "transition1")]
+  "name, until",
+  [
+    ("densenet121", "transition1"),
+    ("resnet18", None),
+  ],
 )
 def test_bfloat16_stays_close_to_float32(name, until):
   """Within 2 % of each tap's largest feature; measured, 0.7 %.
@@ -331,14 +340,19 @@ def test_resnet50_slim_after_layer3_has_the_published_size():
 
 HYBRIDS = [
   ("resnet18", "stem"),
-  ("resnet18", "layer2"),
   ("resnet50", "layer3.2"),
-  ("resnext50_32x4d", "layer2.1"),
-  ("wide_resnet50_2", "layer3"),
-  ("densenet121", "stem"),
   ("densenet121", "transition2"),
-  ("densenet161", "denseblock3.denselayer5"),
   ("cbr_largew", "block2"),
+  *(
+    pytest.param(*hybrid, marks=pytest.mark.slow)
+    for hybrid in (
+      ("resnet18", "layer2"),
+      ("resnext50_32x4d", "layer2.1"),
+      ("wide_resnet50_2", "layer3"),
+      ("densenet121", "stem"),
+      ("densenet161", "denseblock3.denselayer5"),
+    )
+  ),
 ]
 
 
@@ -389,7 +403,10 @@ def test_a_width_that_changes_inside_a_stage_gets_a_shortcut(name, slim_after):
   "name, slim_after, until",
   [
     ("resnet18", "layer1.0", "layer2"),
-    ("densenet121", "denseblock1.denselayer4", "transition1"),
+    pytest.param(
+      *("densenet121", "denseblock1.denselayer4", "transition1"),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_hybrid_runs_compiled_in_training_and_in_bfloat16(

@@ -83,7 +83,9 @@ def assert_legible(name, figure):
     (example.RESNET18, 5, 7),
     (example.RESNET18, 7, 6),
     (["stem"] + [f"layer{i % 4 + 1}.{i}" for i in range(16)], 2, 16),
-    (example.densenet_taps((6, 12, 48, 32)), 0, 101),
+    pytest.param(
+      *(example.densenet_taps((6, 12, 48, 32)), 0, 101), marks=pytest.mark.slow
+    ),
   ],
   ids=["1", "3", "9", "9-swapped", "17", "103"],
 )
@@ -166,6 +168,7 @@ def test_the_users_matplotlib_settings_neither_change_nor_matter(tmp_path):
   assert svg == plain
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_without_a_warning(tmp_path):
   """No missing glyph, no empty mean, no collapsed layout."""
   with warnings.catch_warnings():

@@ -3,6 +3,8 @@
 import html
 import re
 
+import pytest
+
 from jaxtransfer import results
 from jaxtransfer.report import operating, page
 from tests.report import example
@@ -77,6 +79,7 @@ def test_what_is_undefined_is_a_dash():
   assert operating.table({}, [("TTL", [])]) is None
 
 
+@pytest.mark.slow
 def test_pages_show_the_table_where_there_are_points(tmp_path):
   results = example.finetune_results()
   written = page.write(tmp_path, results).read_text(encoding="utf-8")

@@ -201,6 +201,7 @@ def test_few_measurements_stand_in_the_page_and_many_beside_it(tmp_path):
   assert f"All {len(many['measurements']):,} measurements" in read.text
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_pages(tmp_path):
   results = example.results(["layer1", "layer2"], cut=0, best=1, seeds=1)
   first = page.write(tmp_path / "a", results).read_bytes()

@@ -214,6 +214,7 @@ def test_a_run_without_failures_does_not_speak_of_them(tmp_path):
   assert "What failed" not in written(tmp_path, example.truncate_results()).text
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_left_out(tmp_path):
   """Whatever is null, or not there, takes its figure with it and no more."""
   results = example.truncate_results(example.RESNET18, cut=5)
@@ -229,6 +230,7 @@ def test_what_is_missing_is_left_out(tmp_path):
   assert not re.search(r"\b(nan|NaN|inf|None)\b", read.text)
 
 
+@pytest.mark.slow
 def test_single_values_that_are_missing_do_not_stop_the_page(tmp_path):
   results = example.truncate_results(example.RESNET18, cut=5)
   rng = np.random.default_rng(3)
@@ -268,6 +270,7 @@ def test_names_cannot_become_markup(tmp_path):
   assert "script" not in read.tags and "img" not in read.tags
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_pages(tmp_path):
   results = example.truncate_results(["layer1", "layer2"], cut=1)
   first = page.write(tmp_path / "a", results).read_bytes()

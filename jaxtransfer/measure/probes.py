@@ -35,6 +35,9 @@ NEIGHBOURS = 20
 # Features are padded to these widths (and their multiples), so that the taps
 # of a network need few compilations.
 _WIDTHS = (128, 256, 512, 1024, 2048)
+# Or to the number of rows, rounded up to this, where that is less: a fit costs
+# the width's cube.
+_ROWS = 64
 # Features of one chunk of networks on a CPU.
 _CACHE_BYTES = 2**23
 # Columns that one product on the device should at least have to be efficient.
@@ -395,12 +398,13 @@ def _basis(features: np.ndarray) -> _Basis:
   return _Basis(mean, scale[:, None] * turn[:, keep], squares[keep])
 
 
-def _width(size: int) -> int:
-  """Returns the padded number of features."""
-  for width in _WIDTHS:
-    if size <= width:
-      return width
-  return -(-size // _WIDTHS[-1]) * _WIDTHS[-1]
+def _width(channels: int, rows: int) -> int:
+  """Returns the padded number of features, of which there are at most rows."""
+  size = min(channels, rows)
+  steps = -(-size // _WIDTHS[-1]) * _WIDTHS[-1]
+  padded = next((width for width in _WIDTHS if size <= width), steps)
+  # All taps with more channels than rows share this one.
+  return min(padded, -(-rows // _ROWS) * _ROWS)
 
 
 def _product(spec: str, *arrays: jax.Array) -> jax.Array:
@@ -695,7 +699,7 @@ def _fit_linear(
   """
   networks, rows, channels = train.shape
   classes = int(y.max()) + 1
-  width = _width(min(channels, rows)) + 1
+  width = _width(channels, rows) + 1
   onehot = (y == np.arange(classes)[:, None]).astype(np.float32)
   onehot = onehot[None] if kind == "logistic" else onehot[:, None]
   # scikit-learn fits two classes with one vector w, penalised by ||w||^2 / 2:
@@ -852,11 +856,11 @@ def _finish_hinge(
   for r, of_network in enumerate(x):
     used = squares[r] > 0
     features = np.asarray(of_network, np.float64)[used]
+    few = features.shape[1] <= 2 * len(features)
+    gram = features[:-1].T @ features[:-1] if few else None
     for s, g in np.argwhere(~done[r]):
-      ridge = np.full(len(features), penalties[s])
-      ridge[-1] = 0
       ended[r, s, g, 0, used], steps, done[r, s, g] = hinge.minimise(
-        features, signs[g], ridge, ended[r, s, g, 0, used]
+        features, signs[g], penalties[s], ended[r, s, g, 0, used], gram
       )
       iterations[r, s, g] += steps
   return jnp.asarray(ended), np.asarray(done.all(2)), iterations

@@ -20,27 +20,36 @@ def _rows(rows, channels, apart, seed=0):
 
 @pytest.mark.parametrize("strength", [1e-6, 1e-2, 1.0, 1e3])
 @pytest.mark.parametrize("apart", [0.3, 5.0])
-def test_it_ends_at_the_minimum(strength, apart):
+@pytest.mark.parametrize("channels", [40, 100])
+def test_it_ends_at_the_minimum(strength, apart, channels):
   """The objective is convex: where its gradient is zero is the minimum,
-  whether the classes can be separated or not, and wherever it began."""
-  x, sign = _rows(90, 40, apart)
-  ridge = np.append(np.full(40, 1 / strength), 0)
-  ends = []
-  for start in (np.zeros(41), np.random.default_rng(1).normal(size=41)):
-    w, steps, ended = hinge.minimise(x, sign, ridge, start)
+  whether the classes can be separated or not, wherever it began, and whether
+  its steps solve for weights or for rows."""
+  x, sign = _rows(90, channels, apart)
+  ridge = np.append(np.full(channels, 1 / strength), 0)
+  gram, ends = x[:-1].T @ x[:-1], []
+  draw = np.random.default_rng(1).normal(size=channels + 1)
+  for start, of_rows in (
+    (np.zeros(channels + 1), None),
+    (draw, None),
+    (np.zeros(channels + 1), gram),
+    (draw, gram),
+  ):
+    w, steps, ended = hinge.minimise(x, sign, 1 / strength, start, of_rows)
     assert ended and steps < 40
     gap = np.maximum(1 - sign * (w @ x), 0)
     gradient = ridge * w - 2 * x @ (gap * sign)
     scale = np.abs(ridge * w).max() + np.abs(2 * x @ (gap * sign)).max()
     assert np.abs(gradient).max() <= 1e-9 * max(scale, 1.0)
     ends.append(w @ x)
-  np.testing.assert_allclose(*ends, atol=1e-6)
+  for end in ends[1:]:
+    np.testing.assert_allclose(end, ends[0], atol=1e-6)
 
 
 def test_it_is_liblinears():
   """The intercept is not penalised here, and next to not at all there."""
   x, sign = _rows(120, 10, 1.0)
-  w, _, _ = hinge.minimise(x, sign, np.append(np.ones(10), 0), np.zeros(11))
+  w, _, _ = hinge.minimise(x, sign, 1.0, np.zeros(11))
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = sklearn.svm.LinearSVC(

@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -539,31 +540,61 @@ def test_a_diverged_training_fails_alone(source, tmp_path):
   assert len(reasons) == 3
 
 
+def _start(source, path):
+  """Starts a process that trains all repeats of all cuts with TTL."""
+  changes = {**CHANGES, "data.source": str(source), "methods": "ttl"}
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "jaxtransfer.main",
+      f"--config={configs.ROOT}/configs/truncate.py:cbr_tiny",
+      f"--workdir={path}",
+      *(f"--config.{key}={value}" for key, value in changes.items()),
+    ],
+    env={**os.environ, "JAXTRANSFER_CACHE": str(path.parent / "cache")},
+    cwd=configs.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_a_training_is_replaced_by_the_other(
+  finished, source, tmp_path
+):
+  """Its lock goes with it: the other goes on from its last checkpoint, and the
+  networks are those of a run that nobody disturbed, bit by bit."""
+  path = tmp_path / "run"
+  killed, other = _start(source, path), _start(source, path)
+  try:
+    said = next(x for x in killed.stdout if x.startswith("training "))
+    unit = path / "units" / re.search(r"ttl-\S+-random-\d", said)[0]
+    log = unit / "metrics.jsonl"
+    until = time.monotonic() + 300
+    while not (log.exists() and "val" in log.read_text()):
+      assert killed.poll() is None and time.monotonic() < until
+      time.sleep(0.001)
+    killed.kill()
+    assert not (unit / "done.json").exists()
+    output, _ = other.communicate(timeout=600)
+    assert other.returncode == 0 and f"{unit.name}: 2 epochs" in output, output
+  finally:
+    killed.kill()
+    other.kill()
+  for one in (path / "units").iterdir():
+    numbers = load_file(one / "model.safetensors")
+    expected = load_file(finished / "units" / one.name / "model.safetensors")
+    assert all((numbers[n] == expected[n]).all() for n in expected), one.name
+  assert len(list((path / "units").iterdir())) == 6
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_trainings(source, tmp_path):
   """Each says what it has trained: together everything, nothing twice."""
   path = tmp_path / "run"
-  changes = {**CHANGES, "data.source": str(source), "methods": "ttl"}
-  command = [
-    sys.executable,
-    "-m",
-    "jaxtransfer.main",
-    f"--config={configs.ROOT}/configs/truncate.py:cbr_tiny",
-    f"--workdir={path}",
-    *(f"--config.{key}={value}" for key, value in changes.items()),
-  ]
-  environment = {**os.environ, "JAXTRANSFER_CACHE": str(tmp_path / "cache")}
-  running = [
-    subprocess.Popen(
-      command,
-      env=environment,
-      cwd=configs.ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for _ in range(2)
-  ]
+  running = [_start(source, path) for _ in range(2)]
   said = [process.communicate(timeout=300)[0] for process in running]
   assert [process.returncode for process in running] == [0, 0], said
   lines = [line for text in said for line in text.splitlines()]

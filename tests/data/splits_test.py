@@ -293,6 +293,7 @@ def test_a_class_that_train_lacks_is_an_error():
     splits.check_splits(parts, np.array([0, 1]), None, ["a", "b"], ["x", "y"])
 
 
+@pytest.mark.slow
 def test_many_rows_and_classes_are_divided_and_checked():
   """300,000 rows of 10,000 classes and 5,000 patients: no table of both."""
   rng = np.random.default_rng(0)

@@ -241,6 +241,7 @@ def test_a_run_that_stopped_does_nothing_twice(
   assert after == before
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_listed_and_the_exit_code_says_so(
   finished, source, weights, tmp_path, capsys
 ):

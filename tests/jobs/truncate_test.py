@@ -398,9 +398,8 @@ def _fail(path, unit):
   (path / "units" / unit / "failed.json").write_text(reason)
 
 
-@pytest.mark.parametrize(
-  "cut", [pytest.param("block2", marks=pytest.mark.slow), "block4"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["block2", "block4"])
 def test_a_failed_training_is_reported_and_the_rest_go_on(
   source, tmp_path, cut
 ):

@@ -248,7 +248,9 @@ def test_strength_is_the_best_on_validation(kind):
   )
 
 
-@pytest.mark.parametrize("kind", ["logistic", "linear_svm"])
+@pytest.mark.parametrize(
+  "kind", ["logistic", pytest.param("linear_svm", marks=pytest.mark.slow)]
+)
 def test_an_end_of_the_grid_says_what_may_lie_beyond(kind):
   """By how much it beats the strength beside it; a plateau, where all are
   equal and the smallest is taken, is no reason for a wider grid."""

@@ -128,6 +128,7 @@ def test_a_mapped_axis_gives_the_statistics_of_the_whole_batch():
     assert np.isfinite(leaf).all() and (leaf != 0).any()
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32():
   """Within 2 % of the largest logit; parameters stay float32."""
   options = {"num_classes": 10}

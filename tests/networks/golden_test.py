@@ -116,6 +116,7 @@ def test_three_training_steps_are_torchs_in_float32(name, rate):
     assert np.abs(change - digest).max() < 1e-3 * largest, key
 
 
+@pytest.mark.slow
 def test_clams_default_encoder_is_resnet50_cut_after_layer3():
   """timm's resnet50.tv_in1k, features_only, out_indices=(3,), average pooled.
 

@@ -399,14 +399,12 @@ def test_a_width_that_changes_inside_a_stage_gets_a_shortcut(name, slim_after):
   assert shape == (width // 2, width, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, slim_after, until",
   [
     ("resnet18", "layer1.0", "layer2"),
-    pytest.param(
-      *("densenet121", "denseblock1.denselayer4", "transition1"),
-      marks=pytest.mark.slow,
-    ),
+    ("densenet121", "denseblock1.denselayer4", "transition1"),
   ],
 )
 def test_a_hybrid_runs_compiled_in_training_and_in_bfloat16(

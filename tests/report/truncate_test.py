@@ -210,6 +210,7 @@ def test_the_page_holds_every_section_and_every_failure(tmp_path):
   assert drawings == set(drawn(results))
 
 
+@pytest.mark.slow
 def test_a_run_without_failures_does_not_speak_of_them(tmp_path):
   assert "What failed" not in written(tmp_path, example.truncate_results()).text
 
@@ -253,6 +254,7 @@ def test_single_values_that_are_missing_do_not_stop_the_page(tmp_path):
   assert not re.search(r"\b(nan|NaN|inf|None)\b", read.text)
 
 
+@pytest.mark.slow
 def test_names_cannot_become_markup(tmp_path):
   evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
   results = example.truncate_results(

@@ -639,9 +639,9 @@ class _Bench:
     self.config, self.plan, self.devices = config, plan, devices
     self.divisions, self.source, self.path = divisions, source, path
     self.kept = Units(path / "units")
-    # Of the last method and cut: its repeats come one after the other, and
-    # tracing a deep network takes longer than an epoch of few images.
-    self._programs: dict[tuple[str, str], images.Programs] = {}
+    # Of the last method and cut alone: its repeats come one after the other,
+    # and tracing a deep network takes longer than an epoch of few images.
+    self._programs: dict[tuple[str, str, int], images.Programs] = {}
     self.random = dataclasses.replace(
       loading.resolve_weights(plan.network, None),
       mean=source.mean,
@@ -774,8 +774,9 @@ class _Bench:
     frozen = {"fat": len(names)}.get(unit.method, 0)
     if unit.method == "lwft":
       frozen = names.index(network.resolve(unit.cut)) + 1
-    # Folds have class weights and steps of their own.
-    same = None if self.config.folds else (unit.method, unit.cut)
+    # Folds have class weights and numbers of steps of their own.
+    fold = unit.repeat if self.config.folds else 0
+    same = unit.method, unit.cut, fold
     training = images.ImageTask(
       self.config,
       self.data(unit),
@@ -787,9 +788,9 @@ class _Bench:
       metric=self.config.epoch_metric,
       frozen=frozen,
       backbone=_LWFT_RATE if unit.method == "lwft" else None,
-      programs=self._programs.get(same) if same else None,
+      programs=self._programs.get(same),
     )
-    self._programs = {same: training.programs} if same else {}
+    self._programs = {same: training.programs}
     training.failures |= _unreadable(self)
     return training
 

@@ -854,6 +854,8 @@ def _finish_hinge(
   ended, done, iterations = np.array(weights), done.copy(), iterations.copy()
   signs = 2 * onehot[:, 0].astype(np.float64) - 1
   for r, of_network in enumerate(x):
+    if done[r].all():
+      continue
     used = squares[r] > 0
     features = np.asarray(of_network, np.float64)[used]
     few = features.shape[1] <= 2 * len(features)

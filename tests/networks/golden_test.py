@@ -93,11 +93,10 @@ def test_three_training_steps_are_torchs_in_float64(name):
     assert np.abs(change - digest).max() < 1e-6 * largest, key
 
 
-@pytest.mark.parametrize(
-  "name, rate",
-  [("resnet18", 0.01), ("densenet121", 0.001)],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, rate", [("resnet18", 0.01), ("densenet121", 0.001)]
+)
 def test_three_training_steps_are_torchs_in_float32(name, rate):
   """Parameters and running statistics to 1e-3 of each tensor's largest.
 

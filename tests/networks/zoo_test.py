@@ -294,11 +294,7 @@ def test_images_too_small_for_a_densenet_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name, until",
-  [
-    ("densenet121", "transition1"),
-    ("resnet18", None),
-  ],
+  "name, until", [("resnet18", None), ("densenet121", "transition1")]
 )
 def test_bfloat16_stays_close_to_float32(name, until):
   """Within 2 % of each tap's largest feature; measured, 0.7 %.

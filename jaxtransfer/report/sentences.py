@@ -214,13 +214,13 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
   images, labelled = summary["rows"]["read"], summary["labelled"]
   what = f"{summary['network']} cut after {summary['cut']}"
   shares = [
-    f"{of['name']} {of['images']:,}"
+    f"{of['images']:,} {of['name']}"
     for of in sorted(summary["called"], key=lambda of: -of["images"])
   ]
   said = f"{_and(shares[:_TOLD])}" + (" and others" if shares[_TOLD:] else "")
   if not labelled:
     return (
-      f"Of {images:,} images {what} calls: {said}. No label is known, so"
+      f"Of {images:,} images {what} calls {said}. No label is known, so"
       " nothing can be said of how often it is right here."
     )
   told = [_number(scores[m], "value", m) for m in ("auroc", "accuracy")]

@@ -44,6 +44,8 @@ SMALL = {
 ALL_SMALL = ("--config.resamples=20", "--config.batch_size=8")
 # What only some jobs leave.
 OF_JOBS = {
+  # Of images without labels there is nothing to draw.
+  "figures": ("layers", "finetune", "truncate"),
   "features": ("layers",),
   "checkpoints": ("finetune",),
   "units": ("truncate",),

@@ -1,5 +1,6 @@
 """Heatmaps in a real browser, opened from disk, by mouse and by keyboard."""
 
+import base64
 import json
 
 import matplotlib
@@ -24,7 +25,7 @@ def chromium(tmp_path_factory):
 
 
 def slides():
-  """Returns three: twenty tiles here and there, nine, a hostile name."""
+  """Returns three: tiles here and there, tiles that overlap, a hostile name."""
   rng = np.random.default_rng(5)
   places = rng.choice(70, 20, replace=False)
   coords = np.stack([places % 10, places // 10], 1) * SIDE
@@ -48,8 +49,15 @@ def slides():
     most=[(int(i), picture(32, 32)) for i in order[:3]],
     least=[(int(i), picture(32, 32)) for i in order[::-1][:3]],
   )
-  even = {"attention": np.full(9, 1 / 9)}
-  second = view(9, name="second", extent=SIDE, scores=even)
+  even = {"attention": np.full(30, 1 / 30), "age": rng.permutation(30)}
+  corners = np.round(rng.uniform(0, 500, (30, 2)))
+  second = view(
+    30,
+    name="second",
+    coords=corners.astype(np.int64),
+    extent=70.3,
+    scores=even,
+  )
   third = view(
     8,
     name=HOSTILE,
@@ -183,6 +191,37 @@ def test_tiles_have_the_colour_of_their_score_and_the_rest_has_none(opened):
   assert visible(opened, ".bar-title") == ["P(tumour), from 0 to 1"]
   ticks = visible(opened, ".panel .ticks span")
   assert ticks == ["0", "0.25", "0.5", "0.75", "1"]
+
+
+@pytest.mark.slow
+def test_every_pixel_is_as_the_page_draws_it_without_a_script(opened, written):
+  """Tiles of a fractional side that overlap, between the pixels."""
+  open_page(opened, written, "#heatmap-2")
+  opened.requests[:] = [u.split("#")[0] for u in opened.requests]
+  put(opened, "score", "age")
+  width, height, text = opened.run("""(() => {
+    const map = document.querySelector("canvas.map");
+    const { width, height } = map;
+    const { data } = map.getContext("2d").getImageData(0, 0, width, height);
+    let text = "";
+    for (const value of data) text += String.fromCharCode(value);
+    return [width, height, btoa(text)];
+  })()""")
+  pixels = np.frombuffer(base64.b64decode(text), np.uint8)
+  pixels = pixels.reshape(height, width, 4)
+  slide = slides()[1]
+  # Without a picture, a tile's width of nothing is around the tiles.
+  origin = slide.coords.min(0) - 70.3
+  assert width == 1024 or height == 1024
+  ratio = 1024 / (np.ptp(slide.coords, axis=0).max() + 3 * 70.3)
+  owner = heatmap.owners(
+    (slide.coords - origin) * ratio, 71.3 * ratio, (height, width)
+  )
+  ranks = percentile(slide.scores["age"])
+  colours = np.append(expected("viridis", ranks), [[0] * 3], 0)[owner]
+  assert np.abs(pixels[..., :3] - colours).max() <= 1
+  assert ((pixels[..., 3] > 0) == (owner >= 0)).all()
+  assert set(owner.flat) == set(range(-1, 30))
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ MOST_BYTES = 16 * 2**20
 
 _ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 _LONGEST = 1024  # pixels of a slide's picture
-_TILE = 160  # pixels of a tile's picture
+_QUALITY = 75
+_TILE = 144  # pixels of a tile's picture
 _RASTER = 768  # pixels of the scores that are drawn without a script
 _LEVELS = 255  # colours: a byte has one more, for what is no tile
 _COLOURS = {"sequential": "viridis", "diverging": "coolwarm"}
@@ -239,7 +240,7 @@ def _layer(view: View, frame: _Frame, label: str) -> Html:
   if view.picture is not None:
     picture = tag(
       "img",
-      src=gallery.data_uri(view.picture, _LONGEST),
+      src=gallery.data_uri(view.picture, _LONGEST, _QUALITY),
       alt=f"Slide {name}",
       class_="tissue",
     )

@@ -51,6 +51,7 @@ def slides():
   )
   even = {"attention": np.full(30, 1 / 30), "age": rng.permutation(30)}
   corners = np.round(rng.uniform(0, 500, (30, 2)))
+  corners[7] = corners[3]  # of two in one place the first is seen
   second = view(
     30,
     name="second",
@@ -221,7 +222,7 @@ def test_every_pixel_is_as_the_page_draws_it_without_a_script(opened, written):
   colours = np.append(expected("viridis", ranks), [[0] * 3], 0)[owner]
   assert np.abs(pixels[..., :3] - colours).max() <= 1
   assert ((pixels[..., 3] > 0) == (owner >= 0)).all()
-  assert set(owner.flat) == set(range(-1, 30))
+  assert set(owner.flat) == set(range(-1, 30)) - {7}
 
 
 @pytest.mark.slow

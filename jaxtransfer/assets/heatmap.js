@@ -27,6 +27,7 @@
     ]),
   );
   const articles = [...root.querySelectorAll("article.slide")];
+  if (!articles.length) return;
   const links = [...root.querySelectorAll(".slide-list a")];
   const [panel, keys, said] = root
     .querySelector("template")
@@ -54,14 +55,17 @@
   }
 
   function number(value) {
-    if (value && Math.abs(value) < 0.001) return value > 0 ? "<0.001" : ">−0.001";
+    if (value && Math.abs(value) < 0.001) {
+      return value > 0 ? "<0.001" : ">−0.001";
+    }
     return value
       .toLocaleString("en-US", { maximumSignificantDigits: 3 })
       .replace("-", "−");
   }
 
   const whole = (value) => value.toLocaleString("en-US");
-  const percent = (share) => `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`;
+  const percent = (share) =>
+    `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`;
 
   async function inflated(text) {
     const packed = new Blob([bytes(text)]).stream();
@@ -83,7 +87,8 @@
     });
     const scores = [];
     for (const { label, kind, values } of view.scores) {
-      scores.push(ranked(label, kind, new Float32Array(await inflated(values))));
+      const numbers = new Float32Array(await inflated(values));
+      scores.push(ranked(label, kind, numbers));
     }
     const longest = Math.max(view.width, view.height);
     const ratio =
@@ -194,7 +199,7 @@
     if (isAttention) low = Math.max(low, LEAST_ATTENTION);
     // All are alike: the even share, or the one number, is in the middle.
     if (isAttention && high < 1.05 * low) [low, high] = [0.5, 2];
-    else if (!isAttention && !(high > low)) [low, high] = [low - 0.5, low + 0.5];
+    if (!isAttention && high === low) [low, high] = [low - 0.5, low + 0.5];
     const [bend, back] = isAttention
       ? [Math.log, Math.exp]
       : [(value) => value, (value) => value];
@@ -378,10 +383,11 @@
     const table = element("table");
     const row = (kind, cells) => {
       const line = element("tr");
-      line.append(...cells.map((cell, i) => element(i ? kind : "th", "", cell)));
+      cells.forEach((cell, i) => line.append(element(i ? kind : "th", "", cell)));
       return line;
     };
-    table.append(row("th", ["", "raw", "percentile", `rank of ${whole(slide.count)}`]));
+    const among = `rank of ${whole(slide.count)}`;
+    table.append(row("th", ["", "raw", "percentile", among]));
     for (const { label, values, percentiles, higher } of slide.scores) {
       table.append(
         row("td", [
@@ -411,11 +417,12 @@
       return;
     }
     const score = slide.scores[inputs.score.selectedIndex];
+    const [value, share] = [score.values[tile], score.percentiles[tile]];
+    const [rank, count] = [score.higher[tile] + 1, slide.count].map(whole);
+    const [x, y] = [slide.x[tile], slide.y[tile]].map(whole);
     said.textContent =
-      `${score.label} ${number(score.values[tile])}, percentile ` +
-      `${percent(score.percentiles[tile])}, rank ${whole(score.higher[tile] + 1)}` +
-      ` of ${whole(slide.count)}, at ${whole(slide.x[tile])}, ` +
-      `${whole(slide.y[tile])}`;
+      `${score.label} ${number(value)}, percentile ${percent(share)},` +
+      ` rank ${rank} of ${count}, at ${x}, ${y}`;
     const stage = canvas.closest(".stage");
     const [frame, mark] = [stage, marker].map((e) => e.getBoundingClientRect());
     if (mark.left < frame.left || mark.right > frame.right) {

@@ -256,3 +256,8 @@ def test_a_slide_of_no_tile_or_one(count, background):
 )
 def test_numbers_have_three_digits_and_no_exponent(value, text):
   assert heatmap.number(value) == text
+
+
+def test_one_slide_alone_that_is_too_large_is_told():
+  (_, text) = heatmap.blocks([view(1000)], 100)
+  assert "<article" not in text and "would make the page too large" in text

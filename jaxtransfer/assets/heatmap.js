@@ -383,7 +383,8 @@
     const table = element("table");
     const row = (kind, cells) => {
       const line = element("tr");
-      cells.forEach((cell, i) => line.append(element(i ? kind : "th", "", cell)));
+      const names = cells.map((_, i) => (i ? kind : "th"));
+      line.append(...cells.map((cell, i) => element(names[i], "", cell)));
       return line;
     };
     const among = `rank of ${whole(slide.count)}`;

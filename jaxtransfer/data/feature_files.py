@@ -24,7 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from jaxtransfer import files
+from jaxtransfer import errors, files
 from jaxtransfer.data import hdf5
 
 # The oldest STAMP whose reader knows the attributes written here; it refuses
@@ -613,17 +613,22 @@ def _placed(
 def _read_tensor(
   path: pathlib.Path, read_tensor: Callable[[pathlib.Path], np.ndarray]
 ) -> FeatureFile:
-  features = read_tensor(path)
+  where = files.visible(str(path))
   try:
+    features = read_tensor(path)
     dtype = _kept(features.dtype)
+  except errors.UsageError as e:
+    raise FeatureFileError(files.visible(str(e))) from None
+  except OSError as e:
+    raise FeatureFileError(f"{where}: cannot be read: {e.strerror}") from None
   except hdf5.Refused as refusal:
-    raise FeatureFileError(f"{files.visible(str(path))}: {refusal}") from None
-  if features.ndim == 3 and len(features) == 1:
-    features = features[0]
-  if features.ndim != 2:
+    raise FeatureFileError(f"{where}: {refusal}") from None
+  shape = features.shape
+  if len(shape) == 3 and shape[0] == 1:
+    shape = shape[1:]
+  if len(shape) != 2 or not shape[1]:
     raise FeatureFileError(
-      f"{files.visible(str(path))}: features have the shape {features.shape},"
-      " not (tiles, channels)"
+      f"{where}: features have the shape {shape}, not (tiles, channels)"
     )
-  features = _converted(features, dtype)
+  features = _converted(features.reshape(shape), dtype)
   return FeatureFile(features, nonfinite=_nonfinite(features), layout="clam")

@@ -24,6 +24,8 @@ from jaxtransfer.data.feature_files import (
   write_coords,
   write_features,
 )
+from jaxtransfer.weights import torchfile
+from tests.weights import torchzip
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(7, 12)).astype(np.float32)
@@ -411,6 +413,33 @@ def test_features_that_cannot_be_used_say_why(tmp_path, assets, message):
       read(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_clams_tensor_files_are_read_without_torch(tmp_path):
+  """`torch.save(features, path)`: a tensor alone, in torch's zip."""
+  ramp = (np.arange(6, dtype=np.float32) / 8).reshape(2, 3)
+  path = torchzip.write_zip(
+    tmp_path / "a.pt", b"\x80\x02" + torchzip.tensor() + b"."
+  )
+  read = read_features(path, torchfile.read_tensor)
+  np.testing.assert_array_equal(read.features, ramp)
+  assert (read.coords, read.layout) == (None, "clam")
+  other = torchzip.save(tmp_path / "b.pt", {"features": ramp})
+  path.write_bytes(path.read_bytes()[:-40])
+  gone = tmp_path / "c.pt"
+  deep = torchzip.write_zip(
+    tmp_path / "d.pt",
+    b"\x80\x02" + torchzip.tensor(shape=(3, 1, 2), strides=(2, 2, 1)) + b".",
+  )
+  for bad, message in (
+    (path, "cut short or damaged"),
+    (other, "holds no tensor of its own"),
+    (gone, "cannot be read: No such file"),
+    (deep, r"the shape \(3, 1, 2\)"),
+  ):
+    with pytest.raises(FeatureFileError, match=message) as caught:
+      read_features(bad, torchfile.read_tensor)
+    assert str(caught.value).startswith(f"{bad}: ")
 
 
 # --- damaged files -----------------------------------------------------------

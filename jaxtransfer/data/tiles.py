@@ -12,9 +12,8 @@ import hashlib
 import os
 import pathlib
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -30,158 +29,19 @@ from jaxtransfer.data import (
 from jaxtransfer.data import (
   names as naming,
 )
+from jaxtransfer.data.tile_reading import SAME, Reader, Regions
 from jaxtransfer.errors import MissingSourceError, UsageError
 
 BAGS = ("", "slide", "group", "folder")
-# Tiles that one reader reads together, and the side, in tiles, of the squares
-# in which they are read: what a slide's file compresses as one is needed by
-# neighbours, and a reader keeps what it has decoded for a while.
-PIECE, _SQUARE = 16, 4
+# Side, in tiles, of the squares in which they are read: what a slide's file
+# compresses as one is needed by neighbours, and a reader keeps what it has
+# decoded for a while.
+_SQUARE = 4
 # Pixels of a tile where the tiles do not say.
 _USUAL = 224
-# Tiles of a set show the same share of tissue, but for rounding.
-_SAME = 0.02
 # Read of a slide to know it again; a whole one takes minutes.
 _SAMPLE = 2**16
-# Slides that a reader keeps open: the one that ends and the one that begins.
-_OPEN = 2
 _PLACE = re.compile(r"(?:^|[^0-9])(\d+)_(\d+)\.[^.]+$")
-
-
-class Read(NamedTuple):
-  """What came of a piece.
-
-  Attributes:
-    pixels: (n, S, S, 3) uint8, black where a tile could not be read.
-    reasons: why not, for each of n; "" where it could.
-    broken: why nothing of the bag can be read; "" where it can.
-  """
-
-  pixels: np.ndarray
-  reasons: list[str]
-  broken: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Regions:
-  """Tiles of one slide, as a reader is asked for them.
-
-  Attributes:
-    path: of the slide.
-    mpp: micrometres per level-0 pixel that hold in place of the file's.
-    coords: (n, 2) int64, top left corners, level-0 pixels.
-    extent: side of a tile in level-0 pixels.
-    width: of the slide that the coords are of; None = not said.
-    height: likewise.
-    level0_mpp: likewise.
-  """
-
-  path: str
-  mpp: float | None
-  coords: np.ndarray
-  extent: float
-  width: int | None
-  height: int | None
-  level0_mpp: float | None
-
-
-class Reader:
-  """Reads pieces; each thread and each process with handles of its own.
-
-  Args:
-    size: side in pixels that every tile comes out with.
-    examples: of which a piece is rows; None where pieces are `Regions`.
-  """
-
-  def __init__(self, size: int, examples: sources.Examples | None = None):
-    self.size = size
-    self._examples = examples
-    self._open = _Handles()
-
-  def __reduce__(self) -> tuple[Any, ...]:
-    return Reader, (self.size, self._examples)
-
-  def __getitem__(self, piece: Regions | Sequence[int]) -> Read:
-    if isinstance(piece, Regions):
-      return self._regions(piece)
-    pixels = self._black(len(piece))
-    reasons = [self._image(pixels[i], row) for i, row in enumerate(piece)]
-    return Read(pixels, reasons)
-
-  def _black(self, count: int) -> np.ndarray:
-    return np.zeros((count, self.size, self.size, 3), np.uint8)
-
-  def _image(self, pixels: np.ndarray, row: int) -> str:
-    assert self._examples is not None
-    try:
-      pixels[:] = images.fit(self._examples.read(row), self.size)
-    except images.ImageError as e:
-      return str(e)
-    return ""
-
-  def _regions(self, piece: Regions) -> Read:
-    pixels = self._black(len(piece.coords))
-    try:
-      slide = self._open.slide(piece.path, piece.mpp)
-      _check(slide, piece)
-    except slides.SlideError as e:
-      return Read(pixels, [""] * len(pixels), str(e))
-    reasons = [""] * len(pixels)
-    for i, (x, y) in enumerate(piece.coords.tolist()):
-      try:
-        pixels[i] = slide.region(x, y, piece.extent, self.size)
-      except slides.SlideError as e:
-        reasons[i] = str(e)
-    return Read(pixels, reasons)
-
-
-class _Handles(threading.local):
-  """The slides that a thread has open, those that it used last."""
-
-  def __init__(self):
-    self._slides: dict[tuple[str, float | None], slides.Slide] = {}
-
-  def slide(self, path: str, mpp: float | None) -> slides.Slide:
-    """Returns a slide, opened unless it is.
-
-    Raises:
-      SlideError: it cannot be used.
-    """
-    key = path, mpp
-    slide = self._slides.pop(key, None) or slides.open_slide(path, mpp)
-    self._slides[key] = slide
-    while len(self._slides) > _OPEN:
-      self._slides.pop(next(iter(self._slides))).close()
-    return slide
-
-
-def _check(slide: slides.Slide, piece: Regions) -> None:
-  """Refuses coordinates of another slide, or of another of its levels.
-
-  Raises:
-    SlideError: they are.
-  """
-  size = slide.width, slide.height
-  said = piece.width, piece.height
-  if None not in said and said != size:
-    raise slides.SlideError(
-      f"its coords are of a slide of {said[0]} x {said[1]} pixels, but it has"
-      f" {size[0]} x {size[1]}: of another slide or level; tile it again"
-    )
-  if slide.mpp and piece.level0_mpp:
-    ratio = piece.level0_mpp / slide.mpp
-    if abs(ratio - 1) > _SAME:
-      raise slides.SlideError(
-        f"its coords are of {piece.level0_mpp:.4g} um/px at level 0, but it has"
-        f" {slide.mpp:.4g}; tile it again"
-      )
-  outside = (piece.coords >= size) | (piece.coords <= -piece.extent)
-  if outside.any():
-    x, y = piece.coords[outside.any(1)][0]
-    raise slides.SlideError(
-      f"a tile at ({x}, {y}) lies outside of its {size[0]} x {size[1]} pixels:"
-      " coords of another slide, or of another level than 0"
-    )
 
 
 @dataclasses.dataclass
@@ -268,6 +128,16 @@ class SlideBag(Bag):
     if _hash_coords(coords) != self.coords_sha256:
       raise slides.SlideError(
         f"{self.coords_path} was changed while the run was at work"
+      )
+    with slides.open_slide(self.path, self.mpp) as slide:
+      # TRIDENT's and CLAM's files do not say it exactly.
+      if coords.level0_mpp is None and coords.tile and slide.mpp:
+        mpp = slide.mpp * coords.extent / coords.tile
+        coords = dataclasses.replace(coords, mpp=mpp)
+      coords = dataclasses.replace(
+        coords,
+        width=coords.width or slide.width,
+        height=coords.height or slide.height,
       )
     attributes = {**coords.attributes, **coords.described()}
     return Places(
@@ -518,7 +388,7 @@ def _alike(
       if value is None:
         continue
       other, known = first.setdefault(what, (name, value))
-      if abs(value / known - 1) > _SAME:
+      if abs(value / known - 1) > SAME:
         raise UsageError(
           f"config.coords: {folder} holds tiles of {known:g} {what}"
           f" ({other}) and of {value:g} ({name}); their features would not"
@@ -679,13 +549,3 @@ class Chosen(sources.Examples):
     digest = hashlib.sha256(f"{self._size} {self._digests}".encode())
     digest.update("\n".join(self.names).encode())
     return digest.hexdigest()
-
-
-def pieces(tiles: np.ndarray) -> Iterator[np.ndarray]:
-  """Yields tiles in the numbers in which one reader reads them.
-
-  Args:
-    tiles: (n,).
-  """
-  for start in range(0, len(tiles), PIECE):
-    yield tiles[start : start + PIECE]

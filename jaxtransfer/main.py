@@ -172,7 +172,7 @@ def main(command: str, argv: Sequence[str]) -> int:
         )
       processes = _join(config.job)
     with _workdir(config, job, command, processes) as claimed:
-      if claimed.finished:
+      if claimed.finished and not job.again:
         missing = claimed.share(lambda: _not_compared(config))
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         if missing:

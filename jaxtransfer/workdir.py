@@ -159,7 +159,10 @@ class Workdir:
       print(f"Images that could not be read: {unreadable:,}; see {path}")
     if failed:
       print(f"Trainings that failed: {len(failed):,}; see the report")
-    return 1 if unreadable or failed else 0
+    if broken := summary.get("broken"):
+      path = self.path / "failures.csv"
+      print(f"Slides that could not be used: {len(broken):,}; see {path}")
+    return 1 if unreadable or failed or broken else 0
 
 
 @contextlib.contextmanager

@@ -471,13 +471,25 @@ def check_unchanged(path: str | os.PathLike[str], of: SlideSet) -> str | None:
 def _identities(of: SlideSet) -> list[tuple[str, str]]:
   """Returns the name of each slide and what tells its file from another."""
   with futures.ThreadPoolExecutor(16) as pool:
-    found = pool.map(_identity, of.paths, of.mpp, of.masks)
+    found = pool.map(identity, of.paths, of.mpp, of.masks)
     return list(zip(of.names, found, strict=True))
 
 
-def _identity(
-  path: pathlib.Path, mpp: float | None, mask: pathlib.Path | None
+def identity(
+  path: pathlib.Path,
+  mpp: float | None = None,
+  mask: pathlib.Path | None = None,
 ) -> str:
+  """Returns what tells a slide's file from another, and not from its copy.
+
+  Args:
+    path: of the slide.
+    mpp: that is to hold for it.
+    mask: of its tissue.
+
+  Returns:
+    A digest of sizes, beginnings and ends, or of why they cannot be read.
+  """
   digest = hashlib.sha256(f"{mpp}".encode())
   parts = [path, *([mask] if mask else [])]
   folder = path.with_suffix("")

@@ -15,8 +15,6 @@ from jaxtransfer.data import images, slides, sources
 # Tiles that are read together: neighbours, of which a slide's file keeps more
 # than one in a block.
 PIECE = 16
-# Two statements of one resolution differ by rounding alone.
-SAME = 0.02
 # Slides that a reader keeps open: the one that ends and the one that begins.
 _OPEN = 2
 
@@ -41,21 +39,15 @@ class Regions:
 
   Attributes:
     path: of the slide.
-    mpp: micrometres per level-0 pixel that hold in place of the file's.
+    max_pixels: of a picture that can only be decoded whole.
     coords: (n, 2) int64, top left corners, level-0 pixels.
     extent: side of a tile in level-0 pixels.
-    width: of the slide that the coords are of; None = not said.
-    height: likewise.
-    level0_mpp: likewise.
   """
 
   path: str
-  mpp: float | None
+  max_pixels: int
   coords: np.ndarray
   extent: float
-  width: int | None
-  height: int | None
-  level0_mpp: float | None
 
 
 class Reader:
@@ -95,8 +87,7 @@ class Reader:
   def _regions(self, piece: Regions) -> Read:
     pixels = self._black(len(piece.coords))
     try:
-      slide = self._open.slide(piece.path, piece.mpp)
-      _check(slide, piece)
+      slide = self._open.slide(piece.path, piece.max_pixels)
     except slides.SlideError as e:
       return Read(pixels, [""] * len(pixels), str(e))
     reasons = [""] * len(pixels)
@@ -112,49 +103,20 @@ class _Handles(threading.local):
   """The slides that a thread has open, those that it used last."""
 
   def __init__(self):
-    self._slides: dict[tuple[str, float | None], slides.Slide] = {}
+    self._slides: dict[str, slides.Slide] = {}
 
-  def slide(self, path: str, mpp: float | None) -> slides.Slide:
+  def slide(self, path: str, max_pixels: int) -> slides.Slide:
     """Returns a slide, opened unless it is.
 
     Raises:
       SlideError: it cannot be used.
     """
-    key = path, mpp
-    slide = self._slides.pop(key, None) or slides.open_slide(path, mpp)
-    self._slides[key] = slide
+    slide = self._slides.pop(path, None)
+    slide = slide or slides.open_slide(path, max_pixels=max_pixels)
+    self._slides[path] = slide
     while len(self._slides) > _OPEN:
       self._slides.pop(next(iter(self._slides))).close()
     return slide
-
-
-def _check(slide: slides.Slide, piece: Regions) -> None:
-  """Refuses coordinates of another slide, or of another of its levels.
-
-  Raises:
-    SlideError: they are.
-  """
-  size = slide.width, slide.height
-  said = piece.width, piece.height
-  if None not in said and said != size:
-    raise slides.SlideError(
-      f"its coords are of a slide of {said[0]} x {said[1]} pixels, but it has"
-      f" {size[0]} x {size[1]}: of another slide or level; tile it again"
-    )
-  if slide.mpp and piece.level0_mpp:
-    ratio = piece.level0_mpp / slide.mpp
-    if abs(ratio - 1) > SAME:
-      raise slides.SlideError(
-        f"its coords are of {piece.level0_mpp:.4g} um/px at level 0, but it has"
-        f" {slide.mpp:.4g}; tile it again"
-      )
-  outside = (piece.coords >= size) | (piece.coords <= -piece.extent)
-  if outside.any():
-    x, y = piece.coords[outside.any(1)][0]
-    raise slides.SlideError(
-      f"a tile at ({x}, {y}) lies outside of its {size[0]} x {size[1]} pixels:"
-      " coords of another slide, or of another level than 0"
-    )
 
 
 def pieces(tiles: np.ndarray) -> Iterator[np.ndarray]:

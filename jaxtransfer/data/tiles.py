@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from jaxtransfer.data import (
 from jaxtransfer.data import (
   names as naming,
 )
-from jaxtransfer.data.tile_reading import SAME, Reader, Regions
+from jaxtransfer.data.tile_reading import Reader, Regions
 from jaxtransfer.errors import MissingSourceError, UsageError
 
 BAGS = ("", "slide", "group", "folder")
@@ -37,10 +36,10 @@ BAGS = ("", "slide", "group", "folder")
 # compresses as one is needed by neighbours, and a reader keeps what it has
 # decoded for a while.
 _SQUARE = 4
+# Two statements of one resolution differ by rounding alone.
+_SAME = 0.02
 # Pixels of a tile where the tiles do not say.
 _USUAL = 224
-# Read of a slide to know it again; a whole one takes minutes.
-_SAMPLE = 2**16
 _PLACE = re.compile(r"(?:^|[^0-9])(\d+)_(\d+)\.[^.]+$")
 
 
@@ -114,12 +113,14 @@ class SlideBag(Bag):
   Attributes:
     path: of the slide.
     mpp: micrometres per level-0 pixel that hold in place of the file's.
+    max_pixels: of a picture that can only be decoded whole.
     coords_path: where the tiles are.
     coords_sha256: of what that says.
   """
 
   path: pathlib.Path
   mpp: float | None
+  max_pixels: int
   coords_path: pathlib.Path
   coords_sha256: str
 
@@ -129,16 +130,8 @@ class SlideBag(Bag):
       raise slides.SlideError(
         f"{self.coords_path} was changed while the run was at work"
       )
-    with slides.open_slide(self.path, self.mpp) as slide:
-      # TRIDENT's and CLAM's files do not say it exactly.
-      if coords.level0_mpp is None and coords.tile and slide.mpp:
-        mpp = slide.mpp * coords.extent / coords.tile
-        coords = dataclasses.replace(coords, mpp=mpp)
-      coords = dataclasses.replace(
-        coords,
-        width=coords.width or slide.width,
-        height=coords.height or slide.height,
-      )
+    with slides.open_slide(self.path, self.mpp, self.max_pixels) as slide:
+      coords = _completed(coords, slide)
     attributes = {**coords.attributes, **coords.described()}
     return Places(
       _in_squares(coords.coords, coords.extent),
@@ -150,22 +143,13 @@ class SlideBag(Bag):
 
   def piece(self, places: Places, tiles: np.ndarray) -> Regions:  # noqa: D102
     assert places.coords is not None and places.extent is not None
-    said = places.attributes
-    return Regions(
-      str(self.path),
-      self.mpp,
-      places.coords[tiles],
-      places.extent,
-      said["level0_width"],
-      said["level0_height"],
-      said["level0_mpp"],
-    )
+    path, coords = str(self.path), places.coords[tiles]
+    return Regions(path, self.max_pixels, coords, places.extent)
 
   @functools.cached_property
   def digest(self) -> str:  # noqa: D102
-    digest = hashlib.sha256(self.coords_sha256.encode())
-    digest.update(_sample(self.path))
-    return digest.hexdigest()
+    said = self.coords_sha256 + slide_sets.identity(self.path, self.mpp)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,7 +182,9 @@ class ImageBag(Bag):
 
   @functools.cached_property
   def digest(self) -> str:  # noqa: D102
-    digest = hashlib.sha256(self.examples.fingerprint(self.rows).encode())
+    digest = hashlib.sha256(
+      self.examples.fingerprint(self.rows.tolist()).encode()
+    )
     digest.update(np.ascontiguousarray(self.rows, "<i8").tobytes())
     return digest.hexdigest()
 
@@ -297,8 +283,9 @@ def _open_slides(config: ml_collections.ConfigDict, folder: str) -> TileSet:
         len(coords.coords),
         of_slides.labels[i],
         of_slides.groups[i],
-        pathlib.Path(of_slides.paths[i]),
+        of_slides.paths[i],
         of_slides.mpp[i],
+        of_slides.max_pixels,
         path,
         _hash_coords(coords),
       )
@@ -311,9 +298,10 @@ def _open_slides(config: ml_collections.ConfigDict, folder: str) -> TileSet:
     )
   # Where the readers are not installed, that is said before any work.
   with contextlib.suppress(slides.SlideError):
-    slides.open_slide(bags[0].path, bags[0].mpp).close()
+    slides.open_slide(bags[0].path).close()
   tile, mpp = _alike(geometries, folder)
-  if not (config.image_size or tile):
+  size = config.image_size or tile
+  if not size:
     raise UsageError(
       f"{folder} does not say how many pixels a tile has: give"
       " --config.data.image_size, the side that tiles are resized to"
@@ -330,7 +318,6 @@ def _open_slides(config: ml_collections.ConfigDict, folder: str) -> TileSet:
       f"{len(empty):,} slides have no tiles, and files without a row:"
       f" {naming.shown(empty)}"
     )
-  size = config.image_size or tile
   return TileSet(bags, Reader(size), size, "slides", tile, mpp, absent, notes)
 
 
@@ -367,6 +354,41 @@ def _read_coords(path: pathlib.Path) -> feature_files.Coords:
     raise slides.SlideError(str(e)) from None
 
 
+def _completed(
+  coords: feature_files.Coords, slide: slides.Slide
+) -> feature_files.Coords:
+  """Returns coordinates with what their file does not say of the slide.
+
+  Raises:
+    SlideError: they are of another slide, or of another of its levels.
+  """
+  size = slide.width, slide.height
+  said = coords.width or size[0], coords.height or size[1]
+  if said != size:
+    raise slides.SlideError(
+      f"its coords are of a slide of {said[0]} x {said[1]} pixels, but it has"
+      f" {size[0]} x {size[1]}: of another slide or level; tile it again"
+    )
+  outside = (coords.coords >= size) | (coords.coords <= -coords.extent)
+  if outside.any():
+    x, y = coords.coords[outside.any(1)][0]
+    raise slides.SlideError(
+      f"a tile at ({x}, {y}) lies outside of its {size[0]} x {size[1]} pixels:"
+      " coords of another slide, or of another level than 0"
+    )
+  mpp = coords.mpp
+  if coords.level0_mpp is None:
+    # TRIDENT's and CLAM's files do not say it exactly.
+    if coords.tile and slide.mpp:
+      mpp = slide.mpp * coords.extent / coords.tile
+  elif slide.mpp and abs(coords.level0_mpp / slide.mpp - 1) > _SAME:
+    raise slides.SlideError(
+      f"its coords are of {coords.level0_mpp:.4g} um/px at level 0, but it has"
+      f" {slide.mpp:.4g}; tile it again"
+    )
+  return dataclasses.replace(coords, mpp=mpp, width=size[0], height=size[1])
+
+
 def _hash_coords(coords: feature_files.Coords) -> str:
   said = (coords.extent, coords.width, coords.height, coords.level0_mpp)
   digest = hashlib.sha256(repr(said).encode())
@@ -388,7 +410,7 @@ def _alike(
       if value is None:
         continue
       other, known = first.setdefault(what, (name, value))
-      if abs(value / known - 1) > SAME:
+      if abs(value / known - 1) > _SAME:
         raise UsageError(
           f"config.coords: {folder} holds tiles of {known:g} {what}"
           f" ({other}) and of {value:g} ({name}); their features would not"
@@ -403,31 +425,6 @@ def _in_squares(coords: np.ndarray, extent: float) -> np.ndarray:
   x, y = coords.T
   side = _SQUARE * extent
   return np.lexsort((x, y, x // side, y // side))
-
-
-def _sample(path: pathlib.Path) -> bytes:
-  """Returns what tells a slide from another, and not from its copy.
-
-  Raises:
-    SlideError: it cannot be read.
-  """
-  try:
-    with open(path, "rb") as file:
-      size = file.seek(0, os.SEEK_END)
-      file.seek(0)
-      start = file.read(_SAMPLE)
-      file.seek(max(0, size - _SAMPLE))
-      parts = [str(size).encode(), start, file.read(_SAMPLE)]
-  except OSError as e:
-    raise slides.SlideError(f"cannot be read: {e.strerror}") from None
-  # The pixels of .mrxs lie in a folder beside it.
-  beside = path.with_suffix("")
-  if beside.is_dir():
-    parts += [
-      f"{file.name} {file.stat().st_size}".encode()
-      for file in sorted(beside.iterdir())
-    ]
-  return b"\n".join(parts)
 
 
 # --- images ------------------------------------------------------------------

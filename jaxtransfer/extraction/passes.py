@@ -168,6 +168,10 @@ class Extraction:
     work = Work(packet, self.store, self._batch_size, self.tiles.size, release)
     return work
 
+  def batches_of(self, packet: Packet) -> int:
+    """Returns how many batches a unit is."""
+    return -(-packet.count // self._batch_size)
+
   def compute(self) -> Callable[[dict[str, np.ndarray]], Any]:
     """Returns what encodes a batch on the devices."""
     program = place(self.outputs, self._devices, self._settings.dtype)

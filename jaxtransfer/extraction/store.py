@@ -13,7 +13,6 @@ from typing import Any
 from jaxtransfer import errors, files, progress, units
 from jaxtransfer.data import feature_files, tiles
 from jaxtransfer.data import names as naming
-from jaxtransfer.data.slides import SlideError
 from jaxtransfer.extraction.encoders import Output
 
 DTYPES = ("float16", "float32")
@@ -197,7 +196,7 @@ class Store(units.Units):
       UsageError: one of them is of other settings, or of other tiles.
     """
     if bag not in self.settled:
-      digest = digest_of(bag)
+      digest = bag.digest
       failed = self._record(bag, "failed")
       done = self._record(bag, "done")
       found = [
@@ -297,13 +296,13 @@ class Store(units.Units):
         **self._attributes[output.folder],
         "name": bag.name,
         "dropped": bag.count - len(kept),
-        "tiles_sha256": digest_of(bag),
+        "tiles_sha256": bag.digest,
       },
     )
     path = self.file(output, bag)
     feature_files.write_features(path, file, self.settings.layout)
 
-  def settle(self, bag: tiles.Bag, record: Mapping[str, Any]) -> None:
+  def record(self, bag: tiles.Bag, record: Mapping[str, Any]) -> None:
     """Records what came of a bag: its files are there, or will never be.
 
     Args:
@@ -313,7 +312,7 @@ class Store(units.Units):
     kind = "failed" if record["reason"] else "done"
     files.write_json(
       self.path / bag.name / f"{kind}.json",
-      {"tiles_sha256": digest_of(bag), **record},
+      {"tiles_sha256": bag.digest, **record},
     )
     self.settled[bag] = kind
 
@@ -345,11 +344,3 @@ def failed(reason: str) -> dict[str, Any]:
     **{"tiles": 0, "mpp": None, "dropped": []},
     **{"seconds": 0.0, "reason": reason},
   }
-
-
-def digest_of(bag: tiles.Bag) -> str:
-  """Returns a bag's digest; "" where it cannot be read, and so is none."""
-  try:
-    return bag.digest
-  except SlideError:
-    return ""

@@ -211,7 +211,7 @@ class Work:
             record = self._write_bag(i)
         except feature_files.FeatureFileError as e:
           record = failed(str(e))
-        self._store.settle(bag, {**record, "seconds": share})
+        self._store.record(bag, {**record, "seconds": share})
 
   def _write_bag(self, i: int) -> dict[str, Any]:
     """Writes the files of one bag; returns what is recorded of it."""
@@ -264,7 +264,7 @@ class Spool:
     Raises:
       OSError: the disk is full.
     """
-    rest = memoryview(np.ascontiguousarray(rows)).cast("B")
+    rest = np.ascontiguousarray(rows).data.cast("B")
     offset = first * self._row_bytes
     while rest:
       count = os.pwrite(self._file.fileno(), rest, offset)

@@ -458,7 +458,8 @@ def write_features(
     if k not in _OF_COORDS or k in shared
   }
   with hdf5.writing(path) as f:
-    stored = f.create_dataset("features", data=file.features)
+    features = file.features
+    stored = _write_rows(f, "features", features, features.dtype)
     hdf5.write_attributes(stored, of_features)
     if file.coords is not None:
       corners = file.coords.astype(np.int64)
@@ -516,8 +517,8 @@ def _write_stamp(path: str | os.PathLike[str], file: FeatureFile) -> None:
 
 def _write_rows(
   f: h5py.File, name: str, rows: np.ndarray, dtype: np.dtype
-) -> None:
-  """Writes (N, D) a part at a time, however large it is.
+) -> h5py.Dataset:
+  """Writes (N, D) a part at a time, however large it is; returns the dataset.
 
   Raises:
     OverflowError: a number is beyond what the type holds.
@@ -532,6 +533,7 @@ def _write_rows(
         f" {np.finfo(dtype).max:.0f}"
       )
     stored[start : start + len(part)] = converted
+  return stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,8 +102,7 @@ class Work:
       for i, (first, last) in enumerate(spans)
       if i in self._places
       and i not in self._failed
-      and first < end
-      and last > start
+      and max(start, first) < min(end, last)
     ]
 
   def wants(self, number: int) -> bool:

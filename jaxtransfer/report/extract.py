@@ -62,8 +62,8 @@ def _encoders(
   return tables.table(
     f"Each is a folder under features/, of {summary.get('features_dtype')} in"
     f" the layout of {summary.get('layout')}. Networks saw {size} x {size}"
-    f" pixels, {tables.rate(speed)} tiles a second and process. The digest is of"
-    " the weights' file, or of the numbers where there is none.",
+    f" pixels, {tables.rate(speed)} tiles a second and process. The digest is"
+    " of the weights' file, or of the numbers where there is none.",
     ["folder", "network", "weights", "cut", "channels", "size", "digest"],
     rows,
   )

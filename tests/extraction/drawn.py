@@ -1,74 +1,68 @@
-"""Small slides with coordinates, whose pixels say where they are."""
+"""Small slides with coordinates, whose pixels are nowhere alike."""
 
 import pathlib
 
 import numpy as np
-import tifffile
 
 from jaxtransfer.data import feature_files
+from tests.data import slide_files
 
-SIDE = 320
+SIDE, TILE, MPP = 320, 32, 0.5
 
 
-def pixels(seed: int, side: int = SIDE) -> np.ndarray:
-  """Returns (side, side, 3) uint8 that are nowhere alike."""
+def pixels(seed: int) -> np.ndarray:
+  """Returns (SIDE, SIDE, 3) uint8: patches of colour, and noise."""
   rng = np.random.default_rng(seed)
-  coarse = rng.integers(0, 256, (side // 16 + 1, side // 16 + 1, 3))
-  fine = np.kron(coarse, np.ones((16, 16, 1)))[:side, :side]
+  coarse = rng.integers(0, 256, (SIDE // 16, SIDE // 16, 3))
+  fine = np.kron(coarse, np.ones((16, 16, 1)))
   return (0.7 * fine + rng.uniform(0, 70, fine.shape)).astype(np.uint8)
 
 
-def write_slide(path: pathlib.Path, image: np.ndarray, mpp: float = 0.5):
-  """Writes a tiled TIFF, uncompressed, with its resolution."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  tifffile.imwrite(
-    path,
-    image,
-    tile=(64, 64),
-    photometric="rgb",
-    resolution=(10_000 / mpp, 10_000 / mpp),
-    resolutionunit="CENTIMETER",
-  )
+def places(count: int, seed: int) -> np.ndarray:
+  """Returns (count, 2) tiles of a grid of half their side, in no order."""
+  along = np.arange(0, SIDE - TILE + 1, TILE // 2)
+  x, y = np.meshgrid(along, along)
+  grid = np.stack([x.ravel(), y.ravel()], 1)
+  return np.random.default_rng(seed).permutation(grid)[:count]
 
 
-def write_coords(
-  path: pathlib.Path,
-  coords: np.ndarray,
-  tile: int = 32,
-  side: int = SIDE,
-  mpp: float = 0.5,
-  extent: float | None = None,
-):
-  """Writes coordinates as `tile` does."""
-  extent = extent or tile
-  feature_files.write_coords(
-    path,
-    feature_files.Coords(
-      np.asarray(coords, np.int64).reshape(-1, 2),
-      extent,
-      tile,
-      mpp * extent / tile,
-      side,
-      side,
-      {"name": path.stem, "overlap": 0},
-    ),
-  )
+def coords(corners: np.ndarray, **changes) -> feature_files.Coords:
+  """Returns coordinates on such a slide."""
+  corners = np.asarray(corners, np.int64).reshape(-1, 2)
+  fields = {
+    "extent": float(TILE),
+    "tile": TILE,
+    "mpp": MPP,
+    "width": SIDE,
+    "height": SIDE,
+  }
+  return feature_files.Coords(corners, **{**fields, **changes})
 
 
-def grid(count: int, seed: int = 0, tile: int = 32, side: int = SIDE):
-  """Returns (count, 2) places of tiles, in no order."""
-  x, y = np.meshgrid(
-    np.arange(0, side - tile + 1, tile // 2),
-    indexing="ij",
-    *[np.arange(0, side - tile + 1, tile // 2)],
-  )
-  places = np.stack([x.ravel(), y.ravel()], 1)
-  return np.random.default_rng(seed).permutation(places)[:count]
-
-
-def write_all(root: pathlib.Path, counts: dict[str, int]):
-  """Writes slides and coordinates; returns their folders."""
+def write(root: pathlib.Path, counts: dict[str, int]) -> pathlib.Path:
+  """Writes slides with so many tiles, and their coordinates; returns root."""
+  (root / "slides").mkdir(parents=True)
   for seed, (name, count) in enumerate(counts.items()):
-    write_slide(root / "slides" / f"{name}.tiff", pixels(seed))
-    write_coords(root / "coords" / f"{name}.h5", grid(count, seed))
-  return root / "slides", root / "coords"
+    path = root / "slides" / f"{name}.tiff"
+    slide_files.write_pyramid(path, [pixels(seed)], MPP)
+    found = coords(places(count, seed))
+    feature_files.write_coords(root / "coords" / f"{name}.h5", found)
+  return root
+
+
+def tile(seed: int, corner: np.ndarray) -> np.ndarray:
+  """Returns (TILE, TILE, 3) uint8 of the slide of a seed."""
+  x, y = corner
+  return pixels(seed)[y : y + TILE, x : x + TILE]
+
+
+def damage(path: pathlib.Path, number: int) -> None:
+  """Spoils one of the blocks of 64 pixels that a slide is stored in."""
+  import tifffile
+
+  with tifffile.TiffFile(path) as file:
+    offset = file.pages[0].dataoffsets[number]
+    count = file.pages[0].databytecounts[number]
+  data = bytearray(path.read_bytes())
+  data[offset : offset + count] = b"\xff" * count
+  path.write_bytes(data)

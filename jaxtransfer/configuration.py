@@ -171,11 +171,13 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{key} is {value}; it must be"
         f" {'finite numbers' if several is value else 'a finite number'}"
       )
-  one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  if "dtype" in config:
+    one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
   errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
   for key, bounds in _BOUNDS.items():
-    errors.check_range(key, _value_of(config, key), **bounds)
+    if key in values:
+      errors.check_range(key, values[key], **bounds)
   if "epochs" in config:
     errors.check_range("epochs", config.epochs, least=1, most=100_000)
 

@@ -125,12 +125,16 @@ def _not_compared(config: ml_collections.ConfigDict) -> str | None:
     UsageError: they have changed since.
   """
   # Here, so that a mistake in the command line is said at once.
-  from jaxtransfer.data import sources, stored_splits
+  from jaxtransfer.data import slide_sets, sources, stored_splits
 
   path = pathlib.Path(_directory()) / "splits.json"
-  if not path.exists():
-    return f"there is no {path}"
+  of_slides = path.with_name("slides.json")
   try:
+    if of_slides.exists():
+      slides = slide_sets.open_slides(config.data)
+      return slide_sets.check_unchanged(of_slides, slides)
+    if not path.exists():
+      return f"there is no {path}"
     examples = sources.open_source(config.data)
   except errors.MissingSourceError as e:
     return str(e)
@@ -184,7 +188,8 @@ def main(command: str, argv: Sequence[str]) -> int:
       parallel = importlib.import_module("jaxtransfer.parallel")
       parallel.cache_programs()
       if not _DISTRIBUTED.value:
-        together = config.batch_size // max(1, config.get("accumulate", 1))
+        batch = config.get("batch_size", 1)
+        together = batch // max(1, config.get("accumulate", 1))
         parallel.use_processors(max(1, together))
       signals.hand_signals(processes.preempt)
       return module.run(config, claimed)

@@ -417,16 +417,79 @@ class Truncate(Trained):
   failed: list[Failed]
 
 
+class TiledSlide(TypedDict):
+  """A slide, and what became of it; a line of slides.csv.
+
+  Attributes:
+    name: of its files.
+    path: of the slide.
+    width: pixels of level 0; null, as what follows, where it cannot be opened.
+    height: likewise.
+    mpp: micrometres of one.
+    levels: the downsample of each.
+    tiles: how many are kept.
+    tissue_mm2: the area of its tissue.
+    seconds: that it took.
+    problem: what is to be known of it; "" where nothing is.
+    failed: whether it could not be used.
+  """
+
+  name: str
+  path: str
+  width: int | None
+  height: int | None
+  mpp: Number
+  levels: list[float]
+  tiles: int | None
+  tissue_mm2: Number
+  seconds: Number
+  problem: str
+  failed: bool
+
+
+class Tile(TypedDict):
+  """The summary of `tile`.
+
+  Attributes:
+    sentence: what came out, for people.
+    data: where the slides are from.
+    tile: pixels of a tile's side.
+    mpp: micrometres of one.
+    table: every slide.
+    notes: what the user should know, a line each.
+    failures: slides, and tiles of others, that could not be read.
+    unit: which of the two, in the plural.
+    seconds: what took how long.
+    run: what was run.
+  """
+
+  sentence: str
+  data: str
+  tile: int
+  mpp: float
+  table: list[TiledSlide]
+  notes: list[str]
+  failures: int
+  unit: str
+  seconds: dict[str, float]
+  run: Run
+
+
 class Results(TypedDict):
   """A whole results.json."""
 
   job: str
-  summary: Layers | Finetune | Truncate
+  summary: Layers | Finetune | Truncate | Tile
   measurements: list[Row]
 
 
 # The summary of each job.
-SUMMARIES = {"finetune": Finetune, "layers": Layers, "truncate": Truncate}
+SUMMARIES = {
+  "finetune": Finetune,
+  "layers": Layers,
+  "tile": Tile,
+  "truncate": Truncate,
+}
 
 
 def metric_name(name: Any) -> str:

@@ -34,8 +34,7 @@ _BLACK = 50
 _DARK = 0.5
 # Ink takes more from red than from green; hematoxylin and eosin from green.
 _INK = 12
-GEOJSON = (".geojson", ".json")
-IMAGES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg", ".webp")
+_GEOJSON = (".geojson", ".json")
 # What a mask gives of QuPath is what is in these, without those of a class
 # whose name ends so: QuPath ignores them too.
 _IGNORED = "*"
@@ -418,7 +417,7 @@ def read_mask(
     MaskError: it cannot be used, and why.
   """
   scales = slide[0] / size[0], slide[1] / size[1]
-  if path.suffix.lower() in GEOJSON:
+  if path.suffix.lower() in _GEOJSON:
     meant, ignored = read_geojson(path)
     mask = rasterise(meant, size, scales)
     if not mask.any():

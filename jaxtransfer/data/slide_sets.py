@@ -24,6 +24,9 @@ _SYNTHETIC = "synthetic:slides"
 _SOURCES = f"a folder of slides, a manifest.csv or {_SYNTHETIC}"
 # Of a file's beginning and end: what tells whether it is the same file.
 _DIGESTED = 1 << 16
+MASK_SUFFIXES = frozenset(
+  ".geojson .json .png .tif .tiff .bmp .jpg .jpeg .webp".split()
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,7 +87,8 @@ def open_slides(config: ml_collections.ConfigDict) -> SlideSet:
     options are those of `data.synthetic_slides.write_slides`.
 
   Args:
-    config: `config.data`: source, max_pixels.
+    config: `config.data`: source, max_pixels and, where the job has it, masks:
+      a folder of masks by the names of the slides; a manifest's come first.
 
   Returns:
     The slides, by name; those of a manifest in its order.
@@ -114,7 +118,9 @@ def open_slides(config: ml_collections.ConfigDict) -> SlideSet:
     found = _set_of([path])
   else:
     found = _of_manifest(path)
-  return dataclasses.replace(found, max_pixels=config.max_pixels)
+  found = dataclasses.replace(found, max_pixels=config.max_pixels)
+  masks = config.get("masks", "")
+  return _with_masks(found, masks) if masks else found
 
 
 def _set_of(paths: Sequence[pathlib.Path], **columns: Any) -> SlideSet:
@@ -383,6 +389,42 @@ def _mask(path: pathlib.Path, line: int, cell: str) -> pathlib.Path:
   return mask
 
 
+# --- masks -------------------------------------------------------------------
+
+
+def _with_masks(of: SlideSet, folder: str) -> SlideSet:
+  """Gives slides the masks of a folder, where there are some."""
+  root = pathlib.Path(folder).expanduser()
+  if not root.is_dir():
+    raise UsageError(f"config.data.masks: there is no folder {folder}")
+  there: dict[str, list[pathlib.Path]] = {}
+  for path in sorted(root.iterdir()):
+    if path.suffix.lower() in MASK_SUFFIXES and not path.name.startswith("."):
+      there.setdefault(path.stem, []).append(path)
+  masks, lacking = list(of.masks), []
+  for row, name in enumerate(of.names):
+    found = there.get(name, [])
+    if len(found) > 1:
+      raise UsageError(
+        f"config.data.masks: {folder} has several masks of {name}:"
+        f" {', '.join(path.name for path in found)}; leave one of them there"
+      )
+    masks[row] = masks[row] or next(iter(found), None)
+    lacking += [name] * (masks[row] is None)
+  if len(lacking) == len(of):
+    raise UsageError(
+      f"config.data.masks: {folder} has no mask by the name of a slide, such as"
+      f" {of.names[0]}.geojson or {of.names[0]}.png"
+    )
+  notes = list(of.notes)
+  if lacking:
+    notes.append(
+      f"{folder}: no mask of {len(lacking):,} of {len(of):,} slides"
+      f" ({naming.shown(lacking)}); their tissue is found by colour"
+    )
+  return dataclasses.replace(of, masks=masks, notes=notes)
+
+
 # --- drawn slides ------------------------------------------------------------
 
 
@@ -471,13 +513,25 @@ def check_unchanged(path: str | os.PathLike[str], of: SlideSet) -> str | None:
 def _identities(of: SlideSet) -> list[tuple[str, str]]:
   """Returns the name of each slide and what tells its file from another."""
   with futures.ThreadPoolExecutor(16) as pool:
-    found = pool.map(_identity, of.paths, of.mpp, of.masks)
+    found = pool.map(identity, of.paths, of.mpp, of.masks)
     return list(zip(of.names, found, strict=True))
 
 
-def _identity(
-  path: pathlib.Path, mpp: float | None, mask: pathlib.Path | None
+def identity(
+  path: pathlib.Path,
+  mpp: float | None = None,
+  mask: pathlib.Path | None = None,
 ) -> str:
+  """Returns what tells a slide's file from another, and not from its copy.
+
+  Args:
+    path: of the slide.
+    mpp: that is to hold for it.
+    mask: of its tissue.
+
+  Returns:
+    A digest of sizes, beginnings and ends, or of why they cannot be read.
+  """
   digest = hashlib.sha256(f"{mpp}".encode())
   parts = [path, *([mask] if mask else [])]
   folder = path.with_suffix("")

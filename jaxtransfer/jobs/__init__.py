@@ -55,6 +55,12 @@ JOBS: dict[str, Job] = {
       " does it lose?",
       divides=True,
     ),
+    Job(
+      "tile",
+      "Where on my slides is tissue, and which tiles of it are to be looked"
+      " at?",
+      divides=True,
+    ),
   )
 }
 

@@ -82,6 +82,8 @@ h3 { margin: 1.5rem 0 .35rem; font-size: 1rem; break-after: avoid; }
   display: block; margin-bottom: .25rem; image-rendering: pixelated;
 }
 .gallery b, .gallery span { display: block; }
+.wide { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+.wide img { max-width: 100%; height: auto; image-rendering: auto; }
 .caption { max-width: 46rem; margin: 0 0 .6rem; font-size: .9rem; }
 th, td {
   padding: .35rem .5rem; text-align: right; vertical-align: top;
@@ -195,7 +197,7 @@ def write(
       for section in content.sections
     ),
     _section("Where it looks", *maps) if maps else None,
-    _section("Single images", *images) if images else None,
+    _section(content.images, *images) if images else None,
     _section(
       "Every measurement",
       tables.measurement_list(measurements.rows, _INLINE_ROWS),
@@ -272,12 +274,15 @@ def _notes(summary: Mapping[str, Any]) -> Html | None:
   if len(notes) > _LISTED:
     items.append(tag("li", f"… and {len(notes) - _LISTED:,} more."))
   if failures := summary.get("failures"):
-    images = "image was" if failures == 1 else "images were"
+    unit = str(summary.get("unit") or "images")
+    were = f"{unit} were"
+    if failures == 1:
+      were = f"{unit.removesuffix('s')} was"
     items.insert(
       0,
       tag(
         "li",
-        f"{failures:,} {images} left out because they could not be read: ",
+        f"{failures:,} {were} left out because they could not be read: ",
         tag("a", "failures.csv", href="failures.csv"),
         ".",
       ),

@@ -17,6 +17,9 @@ from typing import IO, Any
 
 from jaxtransfer import errors
 
+# What no file's name may hold, or some file system's or shell's cannot.
+_UNNAMEABLE = re.compile(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff/\\:*?"<>|]')
+_LONGEST_NAME = 200  # bytes; 255 are allowed, and endings are added
 # What no reader sees, and some refuse: control characters and surrogates.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -175,6 +178,26 @@ def visible(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [visible(inner) for inner in value]
   return value
+
+
+def safe_name(text: str) -> str:
+  """Returns a text as a name for a file or folder, the same if it is one.
+
+  What a name may not hold becomes `_`; a name that is too long ends in a
+  digest.
+
+  Args:
+    text: any.
+  """
+  name = _UNNAMEABLE.sub("_", text).strip()
+  if name.startswith(".") or not name:
+    name = f"_{name[1:]}"
+  encoded = name.encode()
+  if len(encoded) > _LONGEST_NAME:
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    start = encoded[: _LONGEST_NAME - 13].decode(errors="ignore")
+    name = f"{start}-{digest}"
+  return name
 
 
 def write_csv(

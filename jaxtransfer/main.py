@@ -125,16 +125,12 @@ def _not_compared(config: ml_collections.ConfigDict) -> str | None:
     UsageError: they have changed since.
   """
   # Here, so that a mistake in the command line is said at once.
-  from jaxtransfer.data import slide_sets, sources, stored_splits
+  from jaxtransfer.data import sources, stored_splits
 
   path = pathlib.Path(_directory()) / "splits.json"
-  of_slides = path.with_name("slides.json")
+  if not path.exists():
+    return f"there is no {path}"
   try:
-    if of_slides.exists():
-      slides = slide_sets.open_slides(config.data)
-      return slide_sets.check_unchanged(of_slides, slides)
-    if not path.exists():
-      return f"there is no {path}"
     examples = sources.open_source(config.data)
   except errors.MissingSourceError as e:
     return str(e)
@@ -176,7 +172,7 @@ def main(command: str, argv: Sequence[str]) -> int:
         )
       processes = _join(config.job)
     with _workdir(config, job, command, processes) as claimed:
-      if claimed.finished:
+      if claimed.finished and not job.again:
         missing = claimed.share(lambda: _not_compared(config))
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         if missing:

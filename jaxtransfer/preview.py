@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_collections
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtransfer import configuration, features, files, parallel, progress
 from jaxtransfer.data import pipeline
 from jaxtransfer.data.dataset import Dataset
+from jaxtransfer.extraction import passes
 from jaxtransfer.measure import probes
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import images
@@ -76,8 +77,21 @@ class Speed:
     return Time(batches * low, batches * high)
 
 
+class Batches(Protocol):
+  """Batches that are read one after the other."""
+
+  def __len__(self) -> int:
+    """Returns how many there are."""
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    """Returns the next one."""
+
+  def close(self) -> None:
+    """Ends whatever reads."""
+
+
 def measure(
-  batches: pipeline.Batches, compute: Callable[[dict[str, np.ndarray]], Any]
+  batches: Batches, compute: Callable[[dict[str, np.ndarray]], Any]
 ) -> Speed:
   """Measures some batches, first read alone, then computed; closes them.
 
@@ -166,6 +180,17 @@ def of_extraction(
   )
   count = len(networks)
   return speed, speed.of(-(-len(images.rows) // size), count, count)
+
+
+def of_encoding(extraction: passes.Extraction) -> tuple[Speed, Time]:
+  """Measures some batches of the largest slide that is left.
+
+  Returns:
+    The speed of all networks, and the time of all slides.
+  """
+  speed = measure(extraction.sample(), extraction.compute())
+  batches = sum(extraction.batches_of(of) for of in extraction.packets)
+  return speed, speed.of(batches)
 
 
 def of_probing(

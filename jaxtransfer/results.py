@@ -417,6 +417,13 @@ class Truncate(Trained):
   failed: list[Failed]
 
 
+class Broken(TypedDict):
+  """A slide that could not be used, and why."""
+
+  name: str
+  reason: str
+
+
 class TiledSlide(TypedDict):
   """A slide, and what became of it; a line of slides.csv.
 
@@ -457,8 +464,8 @@ class Tile(TypedDict):
     mpp: micrometres of one.
     table: every slide.
     notes: what the user should know, a line each.
-    failures: slides, and tiles of others, that could not be read.
-    unit: which of the two, in the plural.
+    failures: tiles that could not be read.
+    broken: slides that could not be used.
     seconds: what took how long.
     run: what was run.
   """
@@ -470,21 +477,96 @@ class Tile(TypedDict):
   table: list[TiledSlide]
   notes: list[str]
   failures: int
-  unit: str
+  broken: list[Broken]
   seconds: dict[str, float]
   run: Run
+
+
+class EncodedSlide(TypedDict):
+  """A slide, or a bag of images, and what came of it.
+
+  Attributes:
+    name: of it, and of its files.
+    label: "" where it has none.
+    group: its patient; "" where nobody says.
+    tiles: rows of its files.
+    mpp: micrometres per pixel of its tiles; null where nobody says.
+    dropped: tiles that could not be read.
+    seconds: that it took one process.
+    reason: why it failed; "" where it did not.
+  """
+
+  name: str
+  label: str
+  group: str
+  tiles: int
+  mpp: Number
+  dropped: int
+  seconds: float
+  reason: str
+
+
+class EncodedBy(TypedDict):
+  """A folder of feature files.
+
+  Attributes:
+    folder: under `features/`.
+    network: the zoo's name.
+    weights: what they are called.
+    weights_sha256: of their file, or of the numbers.
+    cut: the layer whose features they are.
+    channels: of each tile.
+    bytes: of all files.
+    normalisation: of the images.
+  """
+
+  folder: str
+  network: str
+  weights: str
+  weights_sha256: str
+  cut: str
+  channels: int
+  bytes: int
+  normalisation: Normalisation
+
+
+class Extract(Summary):
+  """The summary of `extract`.
+
+  Attributes:
+    bags: what a feature file is of, in the plural: "slides", "groups", ...
+    slides: every one of them.
+    encoders: every folder.
+    broken: those that could not be used.
+    image_size: of the tiles as networks saw them, pixels.
+    tile: of the tiles on the slides, pixels; null where nobody says.
+    mpp: micrometres per pixel of them, likewise.
+    features_dtype: of the numbers.
+    layout: of the files.
+  """
+
+  bags: str
+  slides: list[EncodedSlide]
+  encoders: list[EncodedBy]
+  broken: list[Broken]
+  image_size: int
+  tile: int | None
+  mpp: Number
+  features_dtype: str
+  layout: str
 
 
 class Results(TypedDict):
   """A whole results.json."""
 
   job: str
-  summary: Layers | Finetune | Truncate | Tile
+  summary: Layers | Finetune | Truncate | Extract | Tile
   measurements: list[Row]
 
 
 # The summary of each job.
 SUMMARIES = {
+  "extract": Extract,
   "finetune": Finetune,
   "layers": Layers,
   "tile": Tile,

@@ -156,11 +156,13 @@ class Workdir:
     unreadable, failed = summary.get("failures"), summary.get("failed")
     if unreadable:
       path = self.path / "failures.csv"
-      unit = summary.get("unit", "images").capitalize()
-      print(f"{unit} that could not be read: {unreadable:,}; see {path}")
+      print(f"Images that could not be read: {unreadable:,}; see {path}")
     if failed:
       print(f"Trainings that failed: {len(failed):,}; see the report")
-    return 1 if unreadable or failed else 0
+    if broken := summary.get("broken"):
+      path = self.path / "failures.csv"
+      print(f"Slides that could not be used: {len(broken):,}; see {path}")
+    return 1 if unreadable or failed or broken else 0
 
 
 @contextlib.contextmanager

@@ -119,7 +119,8 @@ class FeatureFile:
   """The features of a slide's tiles, or of other images.
 
   Attributes:
-    features: (N, D) float16 or float32.
+    features: (N, D) float16 or float32; to be written, anything with their
+      shape and dtype that gives slices of rows.
     coords: (N, 2), top left corners, int64 where `unit` is "px"; or None.
     unit: "px" (level 0) or "um"; None where there are no coords, or nobody
       says.
@@ -492,12 +493,6 @@ def _write_stamp(path: str | os.PathLike[str], file: FeatureFile) -> None:
       f"{where}: STAMP's layout has coordinates in micrometres, which need"
       " tiles of slides whose mpp is known"
     )
-  halves = _converted(file.features, np.dtype(np.float16))
-  if len(_nonfinite(halves)) > len(_nonfinite(file.features)):
-    raise FeatureFileError(
-      f"{where}: STAMP's layout has float16, and features reach"
-      f" {np.abs(file.features).max():.3g}, above its {np.finfo('f2').max:.0f}"
-    )
   of_file = {
     "stamp_version": _STAMP_VERSION,
     "extractor": attributes.get("encoder") or attributes.get("network") or "",
@@ -509,9 +504,34 @@ def _write_stamp(path: str | os.PathLike[str], file: FeatureFile) -> None:
   }
   more = {k: v for k, v in attributes.items() if k not in of_file}
   with hdf5.writing(path) as f:
-    f["feats"] = halves
+    try:
+      _write_rows(f, "feats", file.features, np.dtype(np.float16))
+    except OverflowError as e:
+      raise FeatureFileError(
+        f"{where}: STAMP's layout has float16, and {e}"
+      ) from None
     f["coords"] = (file.coords * level0_mpp).astype(np.float32)
     hdf5.write_attributes(f, {**of_file, **more})
+
+
+def _write_rows(
+  f: h5py.File, name: str, rows: np.ndarray, dtype: np.dtype
+) -> None:
+  """Writes (N, D) a part at a time, however large it is.
+
+  Raises:
+    OverflowError: a number is beyond what the type holds.
+  """
+  stored = f.create_dataset(name, rows.shape, dtype)
+  for start in range(0, len(rows), _ROWS):
+    part = rows[start : start + _ROWS]
+    converted = _converted(part, dtype)
+    if len(_nonfinite(converted)) > len(_nonfinite(part)):
+      raise OverflowError(
+        f"features reach {np.abs(part).max():.3g}, above its"
+        f" {np.finfo(dtype).max:.0f}"
+      )
+    stored[start : start + len(part)] = converted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import hashlib
 import inspect
-import json
 import os
 import pathlib
 import urllib.parse
@@ -57,6 +56,14 @@ class SlideSet:
 
   def __len__(self) -> int:
     return len(self.names)
+
+  def identities(self) -> list[str]:
+    """Returns what tells each slide's file from another, as `identity` does.
+
+    Files are read side by side: on a network file system each is a wait.
+    """
+    with futures.ThreadPoolExecutor(16) as pool:
+      return list(pool.map(identity, self.paths, self.mpp, self.masks))
 
   def open(self, row: int, default_mpp: float | None = None) -> slides.Slide:
     """Opens one of them.
@@ -452,69 +459,7 @@ def _drawn(source: str, query: str) -> pathlib.Path:
   return manifest
 
 
-# --- what they were ----------------------------------------------------------
-
-
-def save(path: str | os.PathLike[str], of: SlideSet) -> None:
-  """Writes which slides a run is of, for `check_unchanged`.
-
-  Args:
-    path: of slides.json, written atomically.
-    of: the slides.
-  """
-  files.write_json(path, {"slides": _identities(of)})
-
-
-def check_unchanged(path: str | os.PathLike[str], of: SlideSet) -> str | None:
-  """Compares slides with those that a run was begun with.
-
-  Files are compared by their sizes, beginnings and ends, so that a copy is the
-  same slide whatever its dates.
-
-  Args:
-    path: of slides.json.
-    of: the slides as they are now.
-
-  Returns:
-    What could not be compared, None where all could.
-
-  Raises:
-    UsageError: they have changed since, and how.
-  """
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-    before = dict(json.loads(text)["slides"])
-  except FileNotFoundError:
-    return f"there is no {path}"
-  except (ValueError, KeyError, TypeError):
-    raise UsageError(
-      f"{path} is not a list of slides that this program wrote; choose another"
-      " --workdir"
-    ) from None
-  now = dict(_identities(of))
-  changes = {
-    "new": sorted(now.keys() - before.keys()),
-    "gone": sorted(before.keys() - now.keys()),
-    "changed": [n for n in now if before.get(n, now[n]) != now[n]],
-  }
-  if any(changes.values()):
-    words = [
-      f"{len(names):,} {what} ({naming.shown(names)})"
-      for what, names in changes.items()
-      if names
-    ]
-    raise UsageError(
-      f"the slides are not those that {pathlib.Path(path).parent} was begun"
-      f" with: {'; '.join(words)}; choose another --workdir"
-    )
-  return None
-
-
-def _identities(of: SlideSet) -> list[tuple[str, str]]:
-  """Returns the name of each slide and what tells its file from another."""
-  with futures.ThreadPoolExecutor(16) as pool:
-    found = pool.map(identity, of.paths, of.mpp, of.masks)
-    return list(zip(of.names, found, strict=True))
+# --- the same slide -----------------------------------------------------------
 
 
 def identity(

@@ -234,10 +234,14 @@ def overlay(
   image = Image.fromarray(picture)
   draw = ImageDraw.Draw(image)
   scales = np.array(image.size) / slide
+  # Thick enough to be seen where the picture is made smaller again, and thin
+  # beside the tiles.
+  width = max(2, round(max(image.size) / 400))
+  line = int(np.clip(tiled.extent * scales[0] / 30, 1, width))
   for start in tiled.coords * scales:
-    end = np.maximum(start, start + tiled.extent * scales - 1)
-    draw.rectangle([*start.tolist(), *end.tolist()], outline=_TILES)
-  width = max(2, round(max(image.size) / 500))
+    end = np.maximum(start, start + tiled.extent * scales)
+    corners = [*start.tolist(), *end.tolist()]
+    draw.rectangle(corners, outline=_TILES, width=line)
   for polygon in tiled.polygons():
     for ring in (polygon.outer, *polygon.holes):
       corners = np.vstack([ring, ring[:1]]) * scales

@@ -35,7 +35,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -515,7 +515,7 @@ class Tissue(Examples):
     """Returns the tile's name: each is drawn from numbers of its own."""
     return self.names[row]
 
-  def fingerprint(self) -> str:
+  def fingerprint(self, rows: Sequence[int] | None = None) -> str:
     """Returns a hash of everything that determines the images."""
     recipe = [
       "synthetic:tissue",

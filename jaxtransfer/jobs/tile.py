@@ -7,6 +7,7 @@ looked at one by one.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import threading
@@ -46,6 +47,8 @@ COLUMNS = tuple(
 # Longer sides of a slide's picture, in pixels: the file's and the page's.
 _OVERLAY, _SHOWN = 2000, 360
 _QUALITY = 90
+# Slides whose problems are printed.
+_TOLD = 20
 # Seconds that a dry run tries slides for.
 _TRIED = 20.0
 # Of coordinates and of a picture, in bytes; what a JPEG takes of a pixel.
@@ -104,14 +107,14 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   """
   plan = make_plan(config)
   of_slides = slide_sets.open_slides(config.data)
-  stored = workdir.path / "slides.json"
-  if stored.exists():
-    slide_sets.check_unchanged(stored, of_slides)
   work = _Work(plan, of_slides, workdir.path)
+  work.check_unchanged(forget=not workdir.dry)
   if workdir.dry:
     return _preview(config, work)
+  if workdir.finished and not _begin_again(work, workdir):
+    print(f"{workdir.path} is finished; see {workdir.path}/report.html")
+    return workdir.report_failures()
   begun = results.Run(**workdir.begin(f"{pipeline.processors()} processors"))
-  slide_sets.save(stored, of_slides)
   grid = plan.grid
   print(
     f"{len(of_slides):,} slides; tiles of {grid.tile} px at {grid.mpp:g} um/px,"
@@ -120,9 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   )
   for note in of_slides.notes:
     print(note, flush=True)
-  started = time.monotonic()
   work.settle()
-  seconds = time.monotonic() - started
   # Whoever comes first writes; the others wait.
   with files.lock(workdir.path / ".report.lock", wait=True):
     if workdir.finished:
@@ -136,11 +137,30 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
         f" {workdir.path / 'failures.csv'}"
       )
     left = _results(config, plan, of_slides, table, work.failures(), begun)
-    left["summary"]["seconds"] = {"tiling": seconds}
+    _tell(table)
     page.write(
       workdir.path, left, _overlays(workdir.path, table, config.thumbnails)
     )
     return workdir.finish(left)
+
+
+def _begin_again(work: "_Work", workdir: workdirs.Workdir) -> bool:
+  """Whether a finished run has more to do: what is new, or has failed.
+
+  What has failed is tried again, by whoever comes first.
+  """
+  path = workdir.path / "results.json"
+  table = json.loads(path.read_text(encoding="utf-8"))["summary"]["table"]
+  before = [row["name"] for row in table]
+  states = {work.kept.state(unit) for unit in work.units}
+  if before == work.slides.names and states <= {"done"}:
+    return False
+  with files.lock(workdir.path / ".again.lock", wait=True):
+    if workdir.finished:
+      for unit in work.units:
+        (work.kept.directory(unit) / "failed.json").unlink(missing_ok=True)
+      path.unlink()
+  return True
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -198,16 +218,46 @@ class _Work:
     self.slides = of_slides
     self.path = path
     self.kept = units.Units(path / "units")
+    self.identities = of_slides.identities()
     sizes = [_size(slide) for slide in of_slides.paths]
     order = sorted(range(len(sizes)), key=lambda row: -sizes[row])
     # The largest first, so that no process ends long after the others.
     self.units = [Unit(of_slides.names[row], row) for row in order]
-    self.sizes = [sizes[row] for row in order]
+
+  def check_unchanged(self, *, forget: bool) -> None:
+    """Refuses slides that are others than those that were cut.
+
+    Args:
+      forget: whether those are opened again whose tiles are not there any more,
+        or not whole.
+
+    Raises:
+      UsageError: naming them.
+    """
+    changed = []
+    for unit in self.units:
+      record = self.kept.read(unit, "done.json")
+      if record is None:
+        continue
+      if record["identity"] != self.identities[unit.row]:
+        changed.append(unit.name)
+      elif forget and not self._is_whole(unit, record["row"]["tiles"]):
+        (self.kept.directory(unit) / "done.json").unlink(missing_ok=True)
+    if changed:
+      raise errors.UsageError(
+        f"{len(changed):,} slides, or their masks or mpp, have changed since"
+        f" {self.path} was made: {naming.shown(sorted(changed))}; choose"
+        f" another --workdir, or remove their folders in {self.kept.path}"
+      )
+
+  def _is_whole(self, unit: Unit, tiles: int) -> bool:
+    try:
+      return len(feature_files.read_coords(self.coords(unit)).coords) == tiles
+    except feature_files.FeatureFileError:
+      return False
 
   def settle(self) -> None:
     """Sees to it that all slides are cut, here or by another process."""
-    for unit in self.units:
-      self._check_kept(unit)
     states = [self.kept.state(unit) for unit in self.units]
     done = sum(state != "open" for state in states)
     with progress.Progress("tile", "slides", len(self.units), done) as bar:
@@ -217,18 +267,6 @@ class _Work:
         bar.update()
 
       self.kept.settle(self.units, work)
-
-  def _check_kept(self, unit: Unit) -> None:
-    """Opens a unit again whose tiles are not there any more, or not whole."""
-    record = self.kept.read(unit, "done.json")
-    if record is None:
-      return
-    try:
-      coords = feature_files.read_coords(self.coords(unit)).coords
-    except feature_files.FeatureFileError:
-      coords = None
-    if coords is None or len(coords) != record["row"]["tiles"]:
-      (self.kept.directory(unit) / "done.json").unlink(missing_ok=True)
 
   def coords(self, unit: Unit) -> pathlib.Path:
     """Returns where a slide's tiles are written."""
@@ -244,7 +282,12 @@ class _Work:
       return
     row["seconds"] = round(time.monotonic() - started, 3)
     files.write_json(
-      directory / "done.json", {"row": row, "failures": failures}
+      directory / "done.json",
+      {
+        "row": row,
+        "failures": failures,
+        "identity": self.identities[unit.row],
+      },
     )
 
   def cut(self, unit: Unit) -> tuple[results.TiledSlide, list[tuple[str, str]]]:
@@ -479,17 +522,19 @@ def _results(
   begun: results.Run,
 ) -> results.Results:
   """Turns the table into the rows and the summary of results.json."""
-  broken = sum(row["failed"] for row in table)
-  of_tiles = len(failures) - broken
-  kinds = ["slides"] * (broken > 0) + ["tiles"] * (of_tiles > 0)
+  broken = [
+    results.Broken(name=row["name"], reason=row["problem"])
+    for row in table
+    if row["failed"]
+  ]
   grid = plan.grid
   notes = list(of_slides.notes)
   # What several slides share is told once; the table has it of each.
   empty = [row["name"] for row in table if row["tiles"] == 0]
   if empty:
     notes.append(
-      f"{len(empty):,} slides have no tile: {naming.shown(empty)}. Why, the"
-      " table says."
+      f"No tile is on {len(empty):,} of {len(table):,} slides"
+      f" ({naming.shown(empty)}); the table says why."
     )
   summary = results.Tile(
     sentence=_sentence(table, grid),
@@ -498,13 +543,13 @@ def _results(
     mpp=grid.mpp,
     table=table,
     notes=notes,
-    failures=len(failures),
-    unit=" and ".join(kinds) or "slides",
-    seconds={},
+    failures=len(failures) - len(broken),
+    broken=broken,
+    seconds={"tiling": sum(row["seconds"] or 0.0 for row in table)},
     run=begun,
   )
   numbers = {
-    "slides": len(table) - broken,
+    "slides": len(table) - len(broken),
     "tiles": sum(row["tiles"] or 0 for row in table),
     "tissue_mm2": sum(row["tissue_mm2"] or 0 for row in table),
   }
@@ -513,6 +558,16 @@ def _results(
     for name, value in numbers.items()
   ]
   return {"job": "tile", "summary": summary, "measurements": measurements}
+
+
+def _tell(table: Sequence[results.TiledSlide]) -> None:
+  """Prints what is to be known of single slides."""
+  problems = [row for row in table if row["problem"]]
+  for row in problems[:_TOLD]:
+    left_out = "left out: " if row["failed"] else ""
+    print(files.visible(f"{row['name']}: {left_out}{row['problem']}"))
+  if len(problems) > _TOLD:
+    print(f"and {len(problems) - _TOLD:,} more, of which slides.csv tells")
 
 
 def _sentence(table: Sequence[results.TiledSlide], grid: tiling.Grid) -> str:

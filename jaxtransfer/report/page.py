@@ -83,7 +83,9 @@ h3 { margin: 1.5rem 0 .35rem; font-size: 1rem; break-after: avoid; }
 }
 .gallery b, .gallery span { display: block; }
 .wide { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-.wide img { max-width: 100%; height: auto; image-rendering: auto; }
+.wide img {
+  max-width: 100%; height: auto; image-rendering: auto; outline: 1px solid #ddd;
+}
 .caption { max-width: 46rem; margin: 0 0 .6rem; font-size: .9rem; }
 th, td {
   padding: .35rem .5rem; text-align: right; vertical-align: top;
@@ -274,15 +276,12 @@ def _notes(summary: Mapping[str, Any]) -> Html | None:
   if len(notes) > _LISTED:
     items.append(tag("li", f"… and {len(notes) - _LISTED:,} more."))
   if failures := summary.get("failures"):
-    unit = str(summary.get("unit") or "images")
-    were = f"{unit} were"
-    if failures == 1:
-      were = f"{unit.removesuffix('s')} was"
+    images = "image was" if failures == 1 else "images were"
     items.insert(
       0,
       tag(
         "li",
-        f"{failures:,} {were} left out because they could not be read: ",
+        f"{failures:,} {images} left out because they could not be read: ",
         tag("a", "failures.csv", href="failures.csv"),
         ".",
       ),

@@ -42,7 +42,7 @@ def slide_table(summary: Mapping[str, Any]) -> Html | None:
   if not items:
     return None
   caption = (
-    "Width and height are pixels of level 0, um/px of one of these; tiles those"
+    "Width and height are pixels of level 0, µm/px of one of these; tiles those"
     " that are kept. Slides that were left out come first, then those with a"
     " remark."
   )
@@ -55,10 +55,10 @@ def slide_table(summary: Mapping[str, Any]) -> Html | None:
         "slide",
         "width",
         "height",
-        "um/px",
+        "µm/px",
         "levels",
         "tiles",
-        "tissue, mm2",
+        "tissue, mm²",
         "time",
         "remark",
       ],

@@ -177,9 +177,11 @@ def check(
         f"config.{key} is {value}; it must be"
         f" {'finite numbers' if several is value else 'a finite number'}"
       )
-  one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  if "dtype" in config:
+    one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
-  errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
+  if "seed" in config:
+    errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
   for key, bounds in _BOUNDS.items():
     if key in values and not (key in zero and values[key] == 0):
       errors.check_range(key, values[key], **bounds)

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -53,6 +54,37 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     temporary.unlink(missing_ok=True)
     if isinstance(e, OSError) and e.filename in (None, str(temporary)):
       e.filename = str(path)
+    raise
+  _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a folder to fill beside `path`; renames it there on success.
+
+  Of one that was left unfinished nothing is taken over. Only one process at a
+  time may fill it.
+
+  Args:
+    path: where the folder is to appear; what is there is replaced.
+
+  Yields:
+    `.<name>.tmp` in the same directory, empty.
+
+  Raises:
+    OSError: it cannot be written; what was there is as it was.
+  """
+  temporary = path.with_name(f".{path.name}.tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    for file in temporary.iterdir():
+      _fsync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
     raise
   _fsync(path.parent)
 

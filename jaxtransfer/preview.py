@@ -263,7 +263,7 @@ def tell(
   path: pathlib.Path,
   divisions: Sequence[Dataset],
   work: Sequence[str],
-  speed: Speed,
+  speed: Speed | None,
   seconds: Time,
   size: float,
   notes: Sequence[str] = (),
@@ -275,7 +275,7 @@ def tell(
     path: of the workdir.
     divisions: the images, divided once or, for folds, several times.
     work: what is done with them, a line each.
-    speed: what was measured.
+    speed: what was measured of batches; None where it was of something else.
     seconds: what it comes to.
     size: bytes that it leaves on the disk.
     notes: what the user should know besides those of the images.
@@ -294,15 +294,20 @@ def tell(
   remarks = [note for data in divisions for note in data.notes] + list(notes)
   lines += ["", *dict.fromkeys(remarks)] if remarks else []
   free = shutil.disk_usage(files.nearest_existing(path)).free
-  computed = f"{speed.computing.high * 1e3:,.0f}"
+  measured = "A part was done and timed; this is multiplied."
+  if speed is not None:
+    measured = (
+      f"Of {speed.batches} batches each took"
+      f" {speed.reading * 1e3:,.0f} ms to be read and up to"
+      f" {speed.computing.high * 1e3:,.0f} ms to be computed; this is"
+      " multiplied."
+    )
   lines += [
     "",
     "Work:",
     *(f"  {line}" for line in work),
     "",
-    f"Time: {seconds}. Of {speed.batches} batches each took"
-    f" {speed.reading * 1e3:,.0f} ms to be read and up to {computed} ms to be"
-    " computed; this is multiplied.",
+    f"Time: {seconds}. {measured}",
     f"Disk: about {_bytes(size)} in {path}; {_bytes(free)} are free there.",
   ]
   if (path / "config.json").exists():

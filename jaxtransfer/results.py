@@ -417,6 +417,71 @@ class Truncate(Trained):
   failed: list[Failed]
 
 
+class Broken(TypedDict):
+  """A slide that could not be used, and why."""
+
+  name: str
+  reason: str
+
+
+class TiledSlide(TypedDict):
+  """A slide, and what became of it; a line of slides.csv.
+
+  Attributes:
+    name: of its files.
+    path: of the slide.
+    width: pixels of level 0; null, as what follows, where it cannot be opened.
+    height: likewise.
+    mpp: micrometres of one.
+    levels: the downsample of each.
+    tiles: how many are kept.
+    tissue_mm2: the area of its tissue.
+    seconds: that it took.
+    problem: what is to be known of it; "" where nothing is.
+    failed: whether it could not be used.
+  """
+
+  name: str
+  path: str
+  width: int | None
+  height: int | None
+  mpp: Number
+  levels: list[float]
+  tiles: int | None
+  tissue_mm2: Number
+  seconds: Number
+  problem: str
+  failed: bool
+
+
+class Tile(TypedDict):
+  """The summary of `tile`.
+
+  Attributes:
+    sentence: what came out, for people.
+    data: where the slides are from.
+    tile: pixels of a tile's side.
+    mpp: micrometres of one.
+    table: every slide.
+    notes: what the user should know, a line each.
+    failures: tiles that could not be read.
+    broken: slides that could not be used.
+    seconds: what took how long.
+    run: what was run.
+  """
+
+  sentence: str
+  data: str
+  tile: int
+  mpp: float
+  table: list[TiledSlide]
+  notes: list[str]
+  failures: int
+  broken: list[Broken]
+  seconds: dict[str, float]
+  run: Run
+
+
 class EncodedSlide(TypedDict):
   """A slide, or a bag of images, and what came of it.
 
@@ -465,13 +530,6 @@ class EncodedBy(TypedDict):
   normalisation: Normalisation
 
 
-class Broken(TypedDict):
-  """A slide that could not be used, and why."""
-
-  name: str
-  reason: str
-
-
 class Extract(Summary):
   """The summary of `extract`.
 
@@ -502,7 +560,7 @@ class Results(TypedDict):
   """A whole results.json."""
 
   job: str
-  summary: Layers | Finetune | Truncate | Extract
+  summary: Layers | Finetune | Truncate | Extract | Tile
   measurements: list[Row]
 
 
@@ -511,6 +569,7 @@ SUMMARIES = {
   "extract": Extract,
   "finetune": Finetune,
   "layers": Layers,
+  "tile": Tile,
   "truncate": Truncate,
 }
 

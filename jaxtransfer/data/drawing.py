@@ -124,6 +124,19 @@ def spline(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return first, (weights / 6).astype(np.float32)
 
 
+def outline(z: np.ndarray, wave: np.ndarray) -> np.ndarray:
+  """Returns how far an outline is from the centre, the ellipse being 1.
+
+  Args:
+    z: (...) complex of length 1, the direction.
+    wave: (..., 3) complex, as of `Blobs`.
+  """
+  square = z * z
+  return 1 + np.real(
+    square * (wave[..., 0] + z * wave[..., 1] + square * wave[..., 2])
+  )
+
+
 class Windows(NamedTuple):
   """The pixels around each of n blobs, P x P each."""
 
@@ -160,13 +173,9 @@ def windows(blobs: Blobs, size: int, step: float) -> Windows:
   u, v = dx * cos + dy * sin, dy * cos - dx * sin
   z = u / a + 1j * (v / b)
   rho = np.abs(z) + np.float32(1e-6)
-  z /= rho
-  square = z * z
-  outline = 1 + np.real(
-    square * (wave[..., 0] + z * wave[..., 1] + square * wave[..., 2])
-  )
-  depth = (outline - rho) * np.sqrt(a * b)
-  return Windows(pixel, rho / outline, depth, u, v)
+  wavy = outline(z / rho, wave)
+  depth = (wavy - rho) * np.sqrt(a * b)
+  return Windows(pixel, rho / wavy, depth, u, v)
 
 
 def add_up(pixel: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:

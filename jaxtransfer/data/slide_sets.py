@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import hashlib
 import inspect
-import json
 import os
 import pathlib
 import urllib.parse
@@ -24,6 +23,9 @@ _SYNTHETIC = "synthetic:slides"
 _SOURCES = f"a folder of slides, a manifest.csv or {_SYNTHETIC}"
 # Of a file's beginning and end: what tells whether it is the same file.
 _DIGESTED = 1 << 16
+MASK_SUFFIXES = frozenset(
+  ".geojson .json .png .tif .tiff .bmp .jpg .jpeg .webp".split()
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,6 +57,14 @@ class SlideSet:
   def __len__(self) -> int:
     return len(self.names)
 
+  def identities(self) -> list[str]:
+    """Returns what tells each slide's file from another, as `identity` does.
+
+    Files are read side by side: on a network file system each is a wait.
+    """
+    with futures.ThreadPoolExecutor(16) as pool:
+      return list(pool.map(identity, self.paths, self.mpp, self.masks))
+
   def open(self, row: int, default_mpp: float | None = None) -> slides.Slide:
     """Opens one of them.
 
@@ -84,7 +94,8 @@ def open_slides(config: ml_collections.ConfigDict) -> SlideSet:
     options are those of `data.synthetic_slides.write_slides`.
 
   Args:
-    config: `config.data`: source, max_pixels.
+    config: `config.data`: source, max_pixels and, where the job has it, masks:
+      a folder of masks by the names of the slides; a manifest's come first.
 
   Returns:
     The slides, by name; those of a manifest in its order.
@@ -114,7 +125,9 @@ def open_slides(config: ml_collections.ConfigDict) -> SlideSet:
     found = _set_of([path])
   else:
     found = _of_manifest(path)
-  return dataclasses.replace(found, max_pixels=config.max_pixels)
+  found = dataclasses.replace(found, max_pixels=config.max_pixels)
+  masks = config.get("masks", "")
+  return _with_masks(found, masks) if masks else found
 
 
 def _set_of(paths: Sequence[pathlib.Path], **columns: Any) -> SlideSet:
@@ -383,6 +396,42 @@ def _mask(path: pathlib.Path, line: int, cell: str) -> pathlib.Path:
   return mask
 
 
+# --- masks -------------------------------------------------------------------
+
+
+def _with_masks(of: SlideSet, folder: str) -> SlideSet:
+  """Gives slides the masks of a folder, where there are some."""
+  root = pathlib.Path(folder).expanduser()
+  if not root.is_dir():
+    raise UsageError(f"config.data.masks: there is no folder {folder}")
+  there: dict[str, list[pathlib.Path]] = {}
+  for path in sorted(root.iterdir()):
+    if path.suffix.lower() in MASK_SUFFIXES and not path.name.startswith("."):
+      there.setdefault(path.stem, []).append(path)
+  masks, lacking = list(of.masks), []
+  for row, name in enumerate(of.names):
+    found = there.get(name, [])
+    if len(found) > 1:
+      raise UsageError(
+        f"config.data.masks: {folder} has several masks of {name}:"
+        f" {', '.join(path.name for path in found)}; leave one of them there"
+      )
+    masks[row] = masks[row] or next(iter(found), None)
+    lacking += [name] * (masks[row] is None)
+  if len(lacking) == len(of):
+    raise UsageError(
+      f"config.data.masks: {folder} has no mask by the name of a slide, such as"
+      f" {of.names[0]}.geojson or {of.names[0]}.png"
+    )
+  notes = list(of.notes)
+  if lacking:
+    notes.append(
+      f"{folder}: no mask of {len(lacking):,} of {len(of):,} slides"
+      f" ({naming.shown(lacking)}); their tissue is found by colour"
+    )
+  return dataclasses.replace(of, masks=masks, notes=notes)
+
+
 # --- drawn slides ------------------------------------------------------------
 
 
@@ -410,69 +459,7 @@ def _drawn(source: str, query: str) -> pathlib.Path:
   return manifest
 
 
-# --- what they were ----------------------------------------------------------
-
-
-def save(path: str | os.PathLike[str], of: SlideSet) -> None:
-  """Writes which slides a run is of, for `check_unchanged`.
-
-  Args:
-    path: of slides.json, written atomically.
-    of: the slides.
-  """
-  files.write_json(path, {"slides": _identities(of)})
-
-
-def check_unchanged(path: str | os.PathLike[str], of: SlideSet) -> str | None:
-  """Compares slides with those that a run was begun with.
-
-  Files are compared by their sizes, beginnings and ends, so that a copy is the
-  same slide whatever its dates.
-
-  Args:
-    path: of slides.json.
-    of: the slides as they are now.
-
-  Returns:
-    What could not be compared, None where all could.
-
-  Raises:
-    UsageError: they have changed since, and how.
-  """
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-    before = dict(json.loads(text)["slides"])
-  except FileNotFoundError:
-    return f"there is no {path}"
-  except (ValueError, KeyError, TypeError):
-    raise UsageError(
-      f"{path} is not a list of slides that this program wrote; choose another"
-      " --workdir"
-    ) from None
-  now = dict(_identities(of))
-  changes = {
-    "new": sorted(now.keys() - before.keys()),
-    "gone": sorted(before.keys() - now.keys()),
-    "changed": [n for n in now if before.get(n, now[n]) != now[n]],
-  }
-  if any(changes.values()):
-    words = [
-      f"{len(names):,} {what} ({naming.shown(names)})"
-      for what, names in changes.items()
-      if names
-    ]
-    raise UsageError(
-      f"the slides are not those that {pathlib.Path(path).parent} was begun"
-      f" with: {'; '.join(words)}; choose another --workdir"
-    )
-  return None
-
-
-def _identities(of: SlideSet) -> list[tuple[str, str]]:
-  """Returns the name of each slide and what tells its file from another."""
-  with futures.ThreadPoolExecutor(16) as pool:
-    found = pool.map(identity, of.paths, of.mpp, of.masks)
-    return list(zip(of.names, found, strict=True))
+# --- the same slide -----------------------------------------------------------
 
 
 def identity(

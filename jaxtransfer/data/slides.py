@@ -358,18 +358,18 @@ def open_slide(
     raise SlideError("a folder, not a file") from None
   except OSError as e:
     raise SlideError(f"cannot be read: {e.strerror}") from None
-  form, what = "", ""
   try:
     form = containers.form_of(head)
-  except containers.ImageError as e:
-    what = str(e)
+  except containers.ImageError:
+    form = ""
   if form and form != "TIFF":
     return _Picture(path, mpp, max_pixels)
   # It imports `Slide`, which its slides are.
   from jaxtransfer.data import tiff_slides
 
   openslide = _openslide()
-  reason = f"OpenSlide does not know it{f' ({what})' if what else ''}"
+  what = "empty file" if not head else containers.what_else(head)
+  reason = "OpenSlide does not know it" + f": {what}" * bool(what)
   try:
     vendor = openslide.OpenSlide.detect_format(path)
     # It takes of an OME-TIFF the first level alone, and 16 bits for colour.
@@ -392,7 +392,8 @@ def _openslide() -> Any:
 
 def _told(path: pathlib.Path, error: Exception) -> str:
   """Returns what OpenSlide says, without the path that is said anyway."""
-  return str(error).replace(f"{path}: ", "").replace(f"{path}", path.name)
+  words = str(error).replace(f"Reading {path}: ", "").replace(f"{path}: ", "")
+  return words.replace(f"{path}", path.name)
 
 
 class _OpenSlide(Slide):

@@ -59,6 +59,13 @@ JOBS: dict[str, Job] = {
       divides=True,
     ),
     Job(
+      "tile",
+      "Where on my slides is tissue, and which tiles of it are to be looked"
+      " at?",
+      divides=True,
+      again=True,
+    ),
+    Job(
       "extract",
       "What do networks make of every tile of my slides, in files that CLAM,"
       " TRIDENT and STAMP read too?",

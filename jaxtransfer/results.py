@@ -530,10 +530,20 @@ class EncodedBy(TypedDict):
   normalisation: Normalisation
 
 
-class Extract(Summary):
+class Extract(TypedDict):
   """The summary of `extract`.
 
   Attributes:
+    sentence: what came out, for people.
+    data: where the slides or images are from.
+    coords: where their tiles are from; "" for images.
+    classes: labels of slides.
+    rows: "tiles" -> how many are encoded.
+    groups: what a feature file is of -> of how many there are files.
+    notes: what the user should know, a line each.
+    failures: tiles that could not be read.
+    seconds: what took how long.
+    run: what was run.
     bags: what a feature file is of, in the plural: "slides", "groups", ...
     slides: every one of them.
     encoders: every folder.
@@ -545,6 +555,16 @@ class Extract(Summary):
     layout: of the files.
   """
 
+  sentence: str
+  data: str
+  coords: str
+  classes: list[str]
+  rows: dict[str, int]
+  groups: dict[str, int]
+  notes: list[str]
+  failures: int
+  seconds: dict[str, float]
+  run: Run
   bags: str
   slides: list[EncodedSlide]
   encoders: list[EncodedBy]

@@ -8,7 +8,7 @@ Source: truncating encoders of whole-slide tiles is HistoTransfer (Sharma et
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -96,7 +96,11 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   for note in [*notes, *extraction.store.notes]:
     print(note, flush=True)
   extraction.run()
-  return _finish(config, extraction, workdir, begun, notes)
+  # Whoever comes first writes; the others wait.
+  with files.lock(workdir.path / ".report.lock", wait=True):
+    if workdir.finished:
+      return workdir.report_failures()
+    return _finish(config, extraction, workdir, begun, notes)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -231,9 +235,6 @@ def _results(
     measurements += [
       results.row(about, name, one[name]) for name in ("channels", "bytes")
     ]
-  norms = [one["normalisation"] for one in by]
-  same = all(norm == norms[0] for norm in norms)
-  sums = list(dict.fromkeys(one["weights_sha256"] for one in by))
   broken = [
     results.Broken(name=slide["name"], reason=slide["reason"])
     for slide in slides
@@ -242,21 +243,13 @@ def _results(
   whole = [slide for slide in slides if not slide["reason"]]
   summary = results.Extract(
     sentence="",
-    rule="",
-    cut=_once(one["cut"] for one in by),
-    metric="tiles_per_second",
-    network=_once(one["network"] for one in by),
-    weights=_once(one["weights"] for one in by),
     data=config.data.source,
+    coords=config.coords,
     classes=sorted({slide["label"] for slide in slides} - {""}),
-    taps=list(dict.fromkeys(one["cut"] for one in by)),
     rows={"tiles": count},
     groups={of.what: len(whole)},
     notes=[*notes, *extraction.store.notes, *_unlike(whole, of.what)],
-    interval="",
     failures=sum(slide["dropped"] for slide in slides),
-    normalisation=norms[0] if same else {"mean": [], "std": []},
-    weights_sha256=sums[0] if len(sums) == 1 else "",
     seconds={"encoding, of all processes": seconds},
     run=begun,
     bags=of.what,
@@ -288,10 +281,6 @@ def _encoded_by(
     bytes=sum(path.stat().st_size for path in paths if path.exists()),
     normalisation=about["normalisation"],
   )
-
-
-def _once(names: Iterable[str]) -> str:
-  return ", ".join(dict.fromkeys(names))
 
 
 def _unlike(slides: Sequence[results.EncodedSlide], what: str) -> list[str]:

@@ -276,7 +276,8 @@ def _notes(summary: Mapping[str, Any]) -> Html | None:
   if len(notes) > _LISTED:
     items.append(tag("li", f"… and {len(notes) - _LISTED:,} more."))
   if failures := summary.get("failures"):
-    images = "image was" if failures == 1 else "images were"
+    images = "image" if summary.get("broken") is None else "tile"
+    images += " was" if failures == 1 else "s were"
     items.insert(
       0,
       tag(

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -150,8 +150,14 @@ def written(value: Any) -> str:
   return str(value)
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Checks the keys that every job has and uses in the same way.
+def check(
+  config: ml_collections.ConfigDict, zero: Collection[str] = ()
+) -> None:
+  """Checks the keys that jobs have and use in the same way.
+
+  Args:
+    config: the whole config.
+    zero: keys that may be 0 too, which means something of its own.
 
   Raises:
     UsageError: naming the key.
@@ -171,11 +177,13 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{key} is {value}; it must be"
         f" {'finite numbers' if several is value else 'a finite number'}"
       )
-  one_of("dtype", config.dtype, ("float32", "bfloat16"))
+  if "dtype" in config:
+    one_of("dtype", config.dtype, ("float32", "bfloat16"))
   # NumPy refuses a negative seed; JAX takes the lowest 32 bits of a larger one.
-  errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
+  if "seed" in config:
+    errors.check_range("seed", config.seed, least=0, most=2**32 - 1)
   for key, bounds in _BOUNDS.items():
-    if key in values:
+    if key in values and not (key in zero and values[key] == 0):
       errors.check_range(key, values[key], **bounds)
   if "epochs" in config:
     errors.check_range("epochs", config.epochs, least=1, most=100_000)

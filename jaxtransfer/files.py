@@ -10,12 +10,16 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from jaxtransfer import errors
 
+# What no file's name may hold, or some file system's or shell's cannot.
+_UNNAMEABLE = re.compile(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff/\\:*?"<>|]')
+_LONGEST_NAME = 200  # bytes; 255 are allowed, and endings are added
 # What no reader sees, and some refuse: control characters and surrogates.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -50,6 +54,37 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     temporary.unlink(missing_ok=True)
     if isinstance(e, OSError) and e.filename in (None, str(temporary)):
       e.filename = str(path)
+    raise
+  _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a folder to fill beside `path`; renames it there on success.
+
+  Of one that was left unfinished nothing is taken over. Only one process at a
+  time may fill it.
+
+  Args:
+    path: where the folder is to appear; what is there is replaced.
+
+  Yields:
+    `.<name>.tmp` in the same directory, empty.
+
+  Raises:
+    OSError: it cannot be written; what was there is as it was.
+  """
+  temporary = path.with_name(f".{path.name}.tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    for file in temporary.iterdir():
+      _fsync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
     raise
   _fsync(path.parent)
 
@@ -143,6 +178,26 @@ def visible(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [visible(inner) for inner in value]
   return value
+
+
+def safe_name(text: str) -> str:
+  """Returns a text as a name for a file or folder, the same if it is one.
+
+  What a name may not hold becomes `_`; a name that is too long ends in a
+  digest.
+
+  Args:
+    text: any.
+  """
+  name = _UNNAMEABLE.sub("_", text).strip()
+  if name.startswith(".") or not name:
+    name = f"_{name[1:]}"
+  encoded = name.encode()
+  if len(encoded) > _LONGEST_NAME:
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    start = encoded[: _LONGEST_NAME - 13].decode(errors="ignore")
+    name = f"{start}-{digest}"
+  return name
 
 
 def write_csv(

@@ -20,7 +20,7 @@ import json
 import operator
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -108,6 +108,33 @@ def run(
   Raises:
     Stopped: `stop` said so.
   """
+  yield from stream(compute, batches, devices, inputs=inputs, stop=stop)
+  share_failures(batches)
+
+
+def stream(
+  compute: Callable[[Any], Any],
+  batches: Iterable[dict[str, np.ndarray]],
+  devices: parallel.Devices,
+  *,
+  inputs: Callable[[dict[str, np.ndarray]], Any] = operator.itemgetter("image"),
+  stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Outputs]:
+  """Computes something of batches whose failures are the caller's to count.
+
+  Args:
+    compute: as for `run`.
+    batches: in order.
+    devices: where.
+    inputs: as for `run`.
+    stop: likewise.
+
+  Yields:
+    As `run` does.
+
+  Raises:
+    Stopped: `stop` said so.
+  """
   # One batch is on its way while the one before is fetched: the devices never
   # wait for this process.
   waiting: collections.deque = collections.deque()
@@ -127,7 +154,6 @@ def run(
       yield fetch()
   while waiting:
     yield fetch()
-  share_failures(batches)
 
 
 def read(outputs: Iterator[Outputs]) -> tuple[np.ndarray, Any]:

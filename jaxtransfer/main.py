@@ -172,7 +172,7 @@ def main(command: str, argv: Sequence[str]) -> int:
         )
       processes = _join(config.job)
     with _workdir(config, job, command, processes) as claimed:
-      if claimed.finished:
+      if claimed.finished and not job.again:
         missing = claimed.share(lambda: _not_compared(config))
         print(f"{claimed.path} is finished; see {claimed.path}/report.html")
         if missing:
@@ -184,7 +184,8 @@ def main(command: str, argv: Sequence[str]) -> int:
       parallel = importlib.import_module("jaxtransfer.parallel")
       parallel.cache_programs()
       if not _DISTRIBUTED.value:
-        together = config.batch_size // max(1, config.get("accumulate", 1))
+        batch = config.get("batch_size", 1)
+        together = batch // max(1, config.get("accumulate", 1))
         parallel.use_processors(max(1, together))
       signals.hand_signals(processes.preempt)
       return module.run(config, claimed)

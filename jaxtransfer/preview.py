@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_collections
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtransfer import configuration, features, files, parallel, progress
 from jaxtransfer.data import pipeline
 from jaxtransfer.data.dataset import Dataset
+from jaxtransfer.extraction import passes
 from jaxtransfer.measure import probes
 from jaxtransfer.networks.network import Network
 from jaxtransfer.training import images
@@ -76,8 +77,21 @@ class Speed:
     return Time(batches * low, batches * high)
 
 
+class Batches(Protocol):
+  """Batches that are read one after the other."""
+
+  def __len__(self) -> int:
+    """Returns how many there are."""
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    """Returns the next one."""
+
+  def close(self) -> None:
+    """Ends whatever reads."""
+
+
 def measure(
-  batches: pipeline.Batches, compute: Callable[[dict[str, np.ndarray]], Any]
+  batches: Batches, compute: Callable[[dict[str, np.ndarray]], Any]
 ) -> Speed:
   """Measures some batches, first read alone, then computed; closes them.
 
@@ -168,6 +182,17 @@ def of_extraction(
   return speed, speed.of(-(-len(images.rows) // size), count, count)
 
 
+def of_encoding(extraction: passes.Extraction) -> tuple[Speed, Time]:
+  """Measures some batches of the largest slide that is left.
+
+  Returns:
+    The speed of all networks, and the time of all slides.
+  """
+  speed = measure(extraction.sample(), extraction.compute())
+  batches = sum(extraction.batches_of(of) for of in extraction.packets)
+  return speed, speed.of(batches)
+
+
 def of_probing(
   rows: Mapping[str, int],
   widths: Sequence[int],
@@ -238,7 +263,7 @@ def tell(
   path: pathlib.Path,
   divisions: Sequence[Dataset],
   work: Sequence[str],
-  speed: Speed,
+  speed: Speed | None,
   seconds: Time,
   size: float,
   notes: Sequence[str] = (),
@@ -250,7 +275,7 @@ def tell(
     path: of the workdir.
     divisions: the images, divided once or, for folds, several times.
     work: what is done with them, a line each.
-    speed: what was measured.
+    speed: what was measured of batches; None where it was of something else.
     seconds: what it comes to.
     size: bytes that it leaves on the disk.
     notes: what the user should know besides those of the images.
@@ -269,15 +294,20 @@ def tell(
   remarks = [note for data in divisions for note in data.notes] + list(notes)
   lines += ["", *dict.fromkeys(remarks)] if remarks else []
   free = shutil.disk_usage(files.nearest_existing(path)).free
-  computed = f"{speed.computing.high * 1e3:,.0f}"
+  measured = "A part was done and timed; this is multiplied."
+  if speed is not None:
+    measured = (
+      f"Of {speed.batches} batches each took"
+      f" {speed.reading * 1e3:,.0f} ms to be read and up to"
+      f" {speed.computing.high * 1e3:,.0f} ms to be computed; this is"
+      " multiplied."
+    )
   lines += [
     "",
     "Work:",
     *(f"  {line}" for line in work),
     "",
-    f"Time: {seconds}. Of {speed.batches} batches each took"
-    f" {speed.reading * 1e3:,.0f} ms to be read and up to {computed} ms to be"
-    " computed; this is multiplied.",
+    f"Time: {seconds}. {measured}",
     f"Disk: about {_bytes(size)} in {path}; {_bytes(free)} are free there.",
   ]
   if (path / "config.json").exists():

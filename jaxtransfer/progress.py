@@ -36,6 +36,10 @@ class Progress:
     done: how many were there before.
     at: where it goes on, in words; by default as it is counted.
     quiet: whether another process tells it all.
+
+  Attributes:
+    beside: stands beside the count wherever that is told, e.g. "3 of 60
+      slides".
   """
 
   def __init__(
@@ -50,6 +54,7 @@ class Progress:
   ):
     self._what, self._unit, self._total = what, unit, total
     self._done = done
+    self.beside = ""
     self._told, self._wait = time.monotonic(), _FIRST
     # When the first had come, which compiles, and how much was done then.
     self._begun: tuple[float, int] | None = None
@@ -90,6 +95,8 @@ class Progress:
       words: to be told of it, as `tell` does.
     """
     self._done += count
+    if self.beside:
+      self._bar.set_postfix_str(self.beside, refresh=False)
     self._bar.update(count)
     self._begun = self._begun or (time.monotonic(), self._done)
     if words:
@@ -114,7 +121,8 @@ class Progress:
 
   def _counted(self) -> str:
     of = "" if self._total is None else f" of {self._total:,}"
-    return f"{self._done:,}{of} {self._unit}"
+    beside = f", {self.beside}" if self.beside else ""
+    return f"{self._done:,}{of} {self._unit}{beside}"
 
   def _line(self, words: str) -> None:
     self._told = time.monotonic()

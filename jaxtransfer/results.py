@@ -470,19 +470,180 @@ class Predict(Summary):
   curves: Curves | None
 
 
+class Broken(TypedDict):
+  """A slide that could not be used, and why."""
+
+  name: str
+  reason: str
+
+
+class TiledSlide(TypedDict):
+  """A slide, and what became of it; a line of slides.csv.
+
+  Attributes:
+    name: of its files.
+    path: of the slide.
+    width: pixels of level 0; null, as what follows, where it cannot be opened.
+    height: likewise.
+    mpp: micrometres of one.
+    levels: the downsample of each.
+    tiles: how many are kept.
+    tissue_mm2: the area of its tissue.
+    seconds: that it took.
+    problem: what is to be known of it; "" where nothing is.
+    failed: whether it could not be used.
+  """
+
+  name: str
+  path: str
+  width: int | None
+  height: int | None
+  mpp: Number
+  levels: list[float]
+  tiles: int | None
+  tissue_mm2: Number
+  seconds: Number
+  problem: str
+  failed: bool
+
+
+class Tile(TypedDict):
+  """The summary of `tile`.
+
+  Attributes:
+    sentence: what came out, for people.
+    data: where the slides are from.
+    tile: pixels of a tile's side.
+    mpp: micrometres of one.
+    table: every slide.
+    notes: what the user should know, a line each.
+    failures: tiles that could not be read.
+    broken: slides that could not be used.
+    seconds: what took how long.
+    run: what was run.
+  """
+
+  sentence: str
+  data: str
+  tile: int
+  mpp: float
+  table: list[TiledSlide]
+  notes: list[str]
+  failures: int
+  broken: list[Broken]
+  seconds: dict[str, float]
+  run: Run
+
+
+class EncodedSlide(TypedDict):
+  """A slide, or a bag of images, and what came of it.
+
+  Attributes:
+    name: of it, and of its files.
+    label: "" where it has none.
+    group: its patient; "" where nobody says.
+    tiles: rows of its files.
+    mpp: micrometres per pixel of its tiles; null where nobody says.
+    dropped: tiles that could not be read.
+    seconds: that it took one process.
+    reason: why it failed; "" where it did not.
+  """
+
+  name: str
+  label: str
+  group: str
+  tiles: int
+  mpp: Number
+  dropped: int
+  seconds: float
+  reason: str
+
+
+class EncodedBy(TypedDict):
+  """A folder of feature files.
+
+  Attributes:
+    folder: under `features/`.
+    network: the zoo's name.
+    weights: what they are called.
+    weights_sha256: of their file, or of the numbers.
+    cut: the layer whose features they are.
+    channels: of each tile.
+    bytes: of all files.
+    normalisation: of the images.
+  """
+
+  folder: str
+  network: str
+  weights: str
+  weights_sha256: str
+  cut: str
+  channels: int
+  bytes: int
+  normalisation: Normalisation
+
+
+class Extract(TypedDict):
+  """The summary of `extract`.
+
+  Attributes:
+    sentence: what came out, for people.
+    data: where the slides or images are from.
+    coords: where their tiles are from; "" for images.
+    classes: labels of slides.
+    rows: "tiles" -> how many are encoded.
+    groups: what a feature file is of -> of how many there are files.
+    notes: what the user should know, a line each.
+    failures: tiles that could not be read.
+    seconds: what took how long.
+    run: what was run.
+    bags: what a feature file is of, in the plural: "slides", "groups", ...
+    slides: every one of them.
+    encoders: every folder.
+    broken: those that could not be used.
+    image_size: of the tiles as networks saw them, pixels.
+    tile: of the tiles on the slides, pixels; null where nobody says.
+    mpp: micrometres per pixel of them, likewise.
+    features_dtype: of the numbers.
+    layout: of the files.
+  """
+
+  sentence: str
+  data: str
+  coords: str
+  classes: list[str]
+  rows: dict[str, int]
+  groups: dict[str, int]
+  notes: list[str]
+  failures: int
+  seconds: dict[str, float]
+  run: Run
+  bags: str
+  slides: list[EncodedSlide]
+  encoders: list[EncodedBy]
+  broken: list[Broken]
+  image_size: int
+  tile: int | None
+  mpp: Number
+  features_dtype: str
+  layout: str
+
+
 class Results(TypedDict):
   """A whole results.json."""
 
   job: str
-  summary: Layers | Finetune | Predict | Truncate
+  summary: Layers | Finetune | Truncate | Extract | Tile | Predict
   measurements: list[Row]
 
 
 # The summary of each job.
 SUMMARIES = {
+  "extract": Extract,
   "finetune": Finetune,
   "layers": Layers,
   "predict": Predict,
+  "tile": Tile,
   "truncate": Truncate,
 }
 

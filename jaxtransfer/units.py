@@ -5,17 +5,18 @@ does it, and the others wait for what it leaves there, `done.json`,
 `failed.json`, or `paused.json` where it is to go on later.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from jaxtransfer import files
 
 # Seconds between two looks at what other processes are doing.
-_LOOK = 2.0
+LOOK = 2.0
 
 
 class Named(Protocol):
@@ -86,6 +87,40 @@ class Units:
       return "paused"
     return "open"
 
+  def claims(
+    self, units: Sequence[U], stop_after: int | None = None
+  ) -> Iterator[tuple[U, contextlib.ExitStack] | None]:
+    """Takes units that are open, one after the other, until none is left.
+
+    Args:
+      units: which.
+      stop_after: epochs after which a unit may pause.
+
+    Yields:
+      A unit, and what holds its lock until it is closed; None where other
+      processes are at work on all that is left: whoever asks again at once
+      gets it again.
+    """
+    rest = list(dict.fromkeys(units))
+    while rest:
+      claimed = False
+      for unit in list(rest):
+        if self.state(unit, stop_after) == "open":
+          holder = contextlib.ExitStack()
+          lock = files.lock(self.directory(unit) / ".lock", wait=False)
+          if not holder.enter_context(lock):
+            holder.close()
+            continue
+          if self.state(unit, stop_after) == "open":
+            rest.remove(unit)
+            claimed = True
+            yield unit, holder
+            continue
+          holder.close()
+        rest.remove(unit)
+      if rest and not claimed:
+        yield None
+
   def settle(
     self,
     units: Sequence[U],
@@ -100,22 +135,20 @@ class Units:
       stop_after: epochs after which a unit may pause.
     """
     rest = list(dict.fromkeys(units))
-    while rest:
-      worked = False
-      for unit in list(rest):
-        if self.state(unit, stop_after) == "open":
-          path = self.directory(unit) / ".lock"
-          with files.lock(path, wait=False) as lock:
-            if not lock:
-              continue
-            if self.state(unit, stop_after) == "open":
-              work(unit, stop_after)
-              worked = True
-        if self.state(unit) == "done":
-          # Most of its bytes, and needed no more.
-          directory = self.directory(unit)
-          shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-          (directory / "paused.json").unlink(missing_ok=True)
-        rest.remove(unit)
-      if rest and not worked:
-        time.sleep(_LOOK)
+    for claim in self.claims(rest, stop_after):
+      if claim is None:
+        time.sleep(LOOK)
+        continue
+      unit, holder = claim
+      with holder:
+        work(unit, stop_after)
+      self._tidy(unit)
+    for unit in rest:
+      self._tidy(unit)
+
+  def _tidy(self, unit: Named) -> None:
+    """Removes what a unit that is done needs no more: most of its bytes."""
+    if self.state(unit) == "done":
+      directory = self.directory(unit)
+      shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+      (directory / "paused.json").unlink(missing_ok=True)

@@ -154,12 +154,15 @@ class Workdir:
 
   def _report(self, summary: Mapping[str, Any]) -> int:
     unreadable, failed = summary.get("failures"), summary.get("failed")
+    broken, path = summary.get("broken"), self.path / "failures.csv"
     if unreadable:
-      path = self.path / "failures.csv"
-      print(f"Images that could not be read: {unreadable:,}; see {path}")
+      what = "Images" if broken is None else "Tiles"
+      print(f"{what} that could not be read: {unreadable:,}; see {path}")
     if failed:
       print(f"Trainings that failed: {len(failed):,}; see the report")
-    return 1 if unreadable or failed else 0
+    if broken:
+      print(f"Slides that could not be used: {len(broken):,}; see {path}")
+    return 1 if unreadable or failed or broken else 0
 
 
 @contextlib.contextmanager

@@ -135,12 +135,12 @@ def form_of(head: bytes) -> str:
     return "WEBP"
   if not head:
     raise ImageError("empty file")
-  what = _other(head)
+  what = what_else(head)
   what = f"{what}; " if what else ""
   raise ImageError(f"{what}not a {READABLE}")
 
 
-def _other(head: bytes) -> str:
+def what_else(head: bytes) -> str:
   for magic, what in _OTHERS:
     if head.startswith(magic):
       return what

@@ -150,7 +150,7 @@ def _table(
   columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
   lines: list[int] = []
   notes = []
-  rows = _csv_rows(path)
+  rows = csv_rows(path)
   _, header = next(rows, (0, []))
   header = [name.strip().lower() for name in header]
   for name in required:
@@ -189,8 +189,15 @@ def _filled(values: list[str]) -> list[str] | None:
   return values if any(values) else None
 
 
-def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-  """Yields (line, cells) of every line that is not blank."""
+def csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+  """Yields (line, cells) of every line that is not blank.
+
+  Args:
+    path: the file.
+
+  Raises:
+    UsageError: it is no CSV, with the line.
+  """
   try:
     # utf-8-sig: spreadsheets put a byte-order mark before the first column.
     with open(path, newline="", encoding="utf-8-sig") as f:

@@ -161,7 +161,9 @@ class Batches(grain.DatasetIterator):
     source: grain.sources.RandomAccessDataSource[dict[str, Any]]
     if self._workers:
       count = min(self._workers, len(self) - self._next)
-      source = self._processes = _Processes(self._reader, count)
+      source = self._processes = _Processes(
+        self._reader, count, len(self._reader)
+      )
       threads = count
     else:
       # Two batches in the making, so that no thread waits for the slowest
@@ -206,6 +208,52 @@ def processors() -> int:
   return os.cpu_count() or 1
 
 
+class Readers:
+  """Whatever a reader gives, each part made by whichever worker is idle.
+
+  For what is asked for piece by piece; `Batches` are in an order that is known
+  beforehand. To be closed, or used as a context manager.
+
+  Args:
+    reader: gives a part by its key; of a process it is a copy.
+    workers: 0 reads in threads of this process; N > 0 starts N processes.
+
+  Attributes:
+    count: how many parts are made at the same time.
+  """
+
+  def __init__(self, reader: "Keyed", workers: int):
+    self.count = workers or processors()
+    self._processes = _Processes(reader, workers) if workers else None
+    self._reader = self._processes or reader
+    self._pool = futures.ThreadPoolExecutor(
+      self.count, thread_name_prefix="read"
+    )
+
+  def __enter__(self) -> "Readers":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def submit(self, key: Any) -> futures.Future:
+    """Asks for a part; what its future raises, a reader raised."""
+    return self._pool.submit(self._reader.__getitem__, key)
+
+  def close(self) -> None:
+    """Ends the threads or processes; what was asked for may never come."""
+    if self._processes is not None:
+      self._processes.close()
+    self._pool.shutdown(cancel_futures=True)
+
+
+class Keyed(Protocol):
+  """A reader: of batches by their number, or of anything by any key."""
+
+  def __getitem__(self, key: Any, /) -> Any:
+    """Returns what is read."""
+
+
 class _Processes:
   """A reader's batches, each made by whichever process is idle.
 
@@ -213,13 +261,13 @@ class _Processes:
   end, as Ctrl-C does, waits for ever (google/grain issue 1372).
   """
 
-  def __init__(self, reader: reading.Reader, count: int):
-    self._length = len(reader)
+  def __init__(self, reader: Keyed, count: int, length: int = 0):
+    self._length = length
     self._closing = False
     self._workers: list[BaseProcess] = []
     # A process that has no reader yet lies here with the reader.
     self._idle: queue.SimpleQueue[
-      tuple[BaseProcess, connection.Connection, reading.Reader | None]
+      tuple[BaseProcess, connection.Connection, Keyed | None]
     ] = queue.SimpleQueue()
     # A fork would copy JAX's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
@@ -238,7 +286,7 @@ class _Processes:
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: Any) -> Any:
     process, pipe, reader = self._idle.get()
     try:
       # Sent from here and not when the process begins, because that waits

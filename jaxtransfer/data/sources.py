@@ -84,8 +84,12 @@ class Examples:
     digest.update(pixels.tobytes())
     return digest.hexdigest()
 
-  def fingerprint(self) -> str:
-    """Returns a hash that changes when any of the images may have."""
+  def fingerprint(self, rows: Sequence[int] | None = None) -> str:
+    """Returns a hash that changes when any of the images may have.
+
+    Args:
+      rows: which images; all by default. It may change with others too.
+    """
     raise NotImplementedError
 
 
@@ -176,10 +180,11 @@ class _Files(Examples):
         raise images.ImageError(f"no such file; {why}")
     return path
 
-  def fingerprint(self) -> str:
+  def fingerprint(self, rows: Sequence[int] | None = None) -> str:
+    names = self.names if rows is None else [self.names[row] for row in rows]
     # A stat is a round trip on a network file system, and 300,000 in a row
     # are minutes; side by side they are seconds.
-    chunks = [self.names[i : i + 1024] for i in range(0, len(self), 1024)]
+    chunks = [names[i : i + 1024] for i in range(0, len(names), 1024)]
     with futures.ThreadPoolExecutor(16) as pool:
       return _hash(self._max_pixels, pool.map(self._stats, chunks))
 
@@ -471,7 +476,7 @@ class _Tfds(Examples):
     except Exception as e:
       raise images.ImageError(f"damaged record: {e}") from None
 
-  def fingerprint(self) -> str:
+  def fingerprint(self, rows: Sequence[int] | None = None) -> str:
     return _hash(self._max_pixels, self._files)
 
 

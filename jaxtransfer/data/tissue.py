@@ -35,12 +35,14 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
+from jaxtransfer.data import drawing
+from jaxtransfer.data.drawing import Blobs, Look
 from jaxtransfer.data.sources import Examples
 from jaxtransfer.errors import UsageError
 
@@ -48,20 +50,6 @@ from jaxtransfer.errors import UsageError
 # cached from the older drawing are not taken for the new one's.
 VERSION = 1
 FIELD = 96.0  # the side of a tile in micrometres
-
-_RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
-_MACENKO = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]])
-
-
-class Blobs(NamedTuple):
-  """Ellipses with a wavy outline, n of them, in micrometres."""
-
-  x: np.ndarray  # (n,) centre, to the right
-  y: np.ndarray  # (n,) centre, downwards
-  a: np.ndarray  # (n,) semi-axis along `angle`
-  b: np.ndarray  # (n,) the other semi-axis
-  angle: np.ndarray  # (n,) radians
-  wave: np.ndarray  # (n, 3) complex; harmonics 2, 3 and 4 of the outline
 
 
 @dataclasses.dataclass
@@ -77,64 +65,15 @@ class Scene:
   fibre: float  # radians: where the stroma runs
 
 
-class Patient(NamedTuple):
-  """What a patient's block, stainer and scanner do to every tile."""
-
-  hematoxylin: float  # strength of the stain
-  eosin: float
-  vectors: np.ndarray  # (2, 3) unit optical densities of H and E in R, G, B
-  white: np.ndarray  # (3,) empty glass, in grey levels
-  gamma: float
-  blur: float  # sigma, micrometres
-  noise: float  # sigma, grey levels
-  size: float  # nuclear size
-
-
 def _generator(*key: int) -> np.random.Generator:
   return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def _patient(seed: int, patient: int) -> Patient:
-  rng = _generator(seed, zlib.crc32(b"patient"), patient)
-  mix = rng.random((2, 1))
-  vectors = mix * _RUIFROK + (1 - mix) * _MACENKO
-  vectors = np.maximum(vectors + rng.normal(0, 0.03, (2, 3)), 0.02)
-  vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-  return Patient(
-    hematoxylin=float(np.exp(rng.normal(0, 0.22))),
-    eosin=float(np.exp(rng.normal(0, 0.22))),
-    vectors=vectors.astype(np.float32),
-    white=rng.uniform(234, 247) + rng.normal(0, 2.5, 3).astype(np.float32),
-    gamma=float(np.exp(rng.normal(0, 0.1))),
-    blur=float(rng.uniform(0.3, 0.9)),
-    noise=float(rng.uniform(1.0, 4.0)),
-    size=float(np.exp(rng.normal(0, 0.08))),
-  )
+def _patient(seed: int, patient: int) -> Look:
+  return drawing.draw_look(_generator(seed, zlib.crc32(b"patient"), patient))
 
 
 # --- placing ----------------------------------------------------------------
-
-
-def _waves(
-  rng: np.random.Generator, n: int, amount: float | np.ndarray
-) -> np.ndarray:
-  """Random outline harmonics of typical relative amplitude `amount`."""
-  amplitude = np.abs(rng.normal(0, 1, (n, 3))) * [1.0, 0.8, 0.5]
-  phase = rng.uniform(0, 2 * np.pi, (n, 3))
-  amplitude = np.minimum(amplitude * np.reshape(amount, (-1, 1)), 0.18)
-  return amplitude * np.exp(1j * phase)
-
-
-def _spread(points: np.ndarray, gap: np.ndarray, rounds: int) -> np.ndarray:
-  """Pushes points (n, 2) apart until most are gap_i + gap_j from each other."""
-  reach = gap[:, None] + gap[None, :]
-  np.fill_diagonal(reach, 0)
-  for _ in range(rounds):
-    apart = points[:, None] - points[None, :]
-    distance = np.sqrt((apart**2).sum(-1)) + 1e-3
-    push = np.clip(reach - distance, 0, None) / distance * 0.45
-    points = points + (apart * push[..., None]).sum(1)
-  return points
 
 
 def _expel(points: np.ndarray, blobs: Blobs, margin: float) -> np.ndarray:
@@ -150,26 +89,6 @@ def _expel(points: np.ndarray, blobs: Blobs, margin: float) -> np.ndarray:
   return points
 
 
-def _blobs(
-  points: np.ndarray,
-  radius: np.ndarray,
-  ratio: np.ndarray,
-  angle: np.ndarray,
-  wave: np.ndarray,
-) -> Blobs:
-  """Blobs of area pi * radius^2 and axis ratio `ratio` (long / short)."""
-  root = np.sqrt(ratio)
-  return Blobs(
-    points[:, 0], points[:, 1], radius * root, radius / root, angle, wave
-  )
-
-
-def _joined(first: Blobs, second: Blobs) -> Blobs:
-  return Blobs(
-    *(np.concatenate(pair) for pair in zip(first, second, strict=True))
-  )
-
-
 def _stromal_nuclei(
   rng: np.random.Generator, points: np.ndarray, fibre: float, size: float
 ) -> Blobs:
@@ -179,7 +98,9 @@ def _stromal_nuclei(
   ratio = np.where(round_, rng.uniform(1, 1.15, n), rng.uniform(1.8, 3.4, n))
   radius = np.where(round_, 2.9, 2.7) * size * np.exp(rng.normal(0, 0.1, n))
   angle = fibre + rng.normal(0, 0.3, n)
-  return _blobs(points, radius, ratio, angle, _waves(rng, n, 0.03))
+  return drawing.blobs(
+    points, radius, ratio, angle, drawing.waves(rng, n, 0.03)
+  )
 
 
 def _appearance(
@@ -193,9 +114,7 @@ def _appearance(
   return darkness, clumping, np.where(some, rng.uniform(0.3, 0.9, n), 0.0)
 
 
-def _gland_scene(
-  rng: np.random.Generator, label: int, patient: Patient
-) -> Scene:
+def _gland_scene(rng: np.random.Generator, label: int, patient: Look) -> Scene:
   """Three arrangements of one budget of nuclei, epithelium and white space."""
   # The budget: drawn before the label is looked at.
   sites = int(rng.integers(2, 5))
@@ -208,16 +127,18 @@ def _gland_scene(
   n, stromal = int(each.sum()), int(rng.integers(14, 30))
   fibre = rng.uniform(0, np.pi)
   wave = rng.uniform(0.02, 0.07)
-  centres = _spread(rng.uniform(8, FIELD - 8, (sites, 2)), radius + 1.5, 8)
+  centres = drawing.spread(
+    rng.uniform(8, FIELD - 8, (sites, 2)), radius + 1.5, 8
+  )
   centres = np.clip(centres, 6, FIELD - 6)
   lost = rng.uniform(0, 0.15)  # the part of every ring that is disordered
 
   if label == 0:  # formed
     ratio = rng.uniform(1.0, 1.35, sites)
     angle = rng.uniform(0, np.pi, sites)
-    outline = _waves(rng, sites, wave)
-    gland = _blobs(centres, radius, ratio, angle, outline)
-    lumen = _blobs(centres, hole, ratio, angle, 1.5 * outline)
+    outline = drawing.waves(rng, sites, wave)
+    gland = drawing.blobs(centres, radius, ratio, angle, outline)
+    lumen = drawing.blobs(centres, hole, ratio, angle, 1.5 * outline)
     owner = np.repeat(np.arange(sites), each)
     turn = (
       np.concatenate([np.arange(k) / k + rng.random() for k in each])
@@ -237,13 +158,13 @@ def _gland_scene(
   elif label == 1:  # fused
     middle = rng.uniform(0.12, 0.88, 2) * FIELD
     centres = middle + (centres - centres.mean(0)) * 0.3
-    centres = _spread(centres, radius * 0.72, 8)
-    gland = _blobs(
+    centres = drawing.spread(centres, radius * 0.72, 8)
+    gland = drawing.blobs(
       centres,
       radius * 1.06,  # what the overlaps take
       rng.uniform(1.0, 1.5, sites),
       rng.uniform(0, np.pi, sites),
-      _waves(rng, sites, 0.1),
+      drawing.waves(rng, sites, 0.1),
     )
     owner = np.repeat(np.arange(sites), 2)
     turn = rng.uniform(0, 2 * np.pi, sites).repeat(2)
@@ -251,13 +172,13 @@ def _gland_scene(
     away = radius[owner] * rng.uniform(0.35, 0.6, 2 * sites)
     part = np.repeat(rng.uniform(0.3, 0.7, sites), 2)
     part[1::2] = 1 - part[1::2]
-    lumen = _blobs(
+    lumen = drawing.blobs(
       centres[owner]
       + away[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1),
       hole[owner] * np.sqrt(1.1 * part),
       rng.uniform(1.0, 1.7, 2 * sites),
       rng.uniform(0, np.pi, 2 * sites),
-      _waves(rng, 2 * sites, wave),
+      drawing.waves(rng, 2 * sites, wave),
     )
     owner = np.repeat(np.arange(sites), each)
     far = radius[owner] * 0.92 * np.sqrt(rng.random(n))
@@ -265,18 +186,18 @@ def _gland_scene(
     points = centres[owner] + far[:, None] * np.stack(
       [np.cos(turn), np.sin(turn)], 1
     )
-    points = _spread(points, np.full(n, 2.6 * size), 4)
+    points = drawing.spread(points, np.full(n, 2.6 * size), 4)
     points = _expel(points, lumen, 3.0)
     lean = rng.uniform(0, np.pi, n)
   else:  # absent
     clefts = int(rng.integers(sites, 2 * sites + 1))
     part = rng.dirichlet(np.full(clefts, 4.0))
-    lumen = _blobs(
+    lumen = drawing.blobs(
       rng.uniform(4, FIELD - 4, (clefts, 2)),
       np.sqrt(1.05 * (hole**2).sum() * part),
       rng.uniform(1.0, 2.6, clefts),
       fibre + rng.normal(0, 0.5, clefts),
-      _waves(rng, clefts, 0.06),
+      drawing.waves(rng, clefts, 0.06),
     )
     # Cords: short files of cells, each a step beside the one before.
     file = rng.integers(0, n // 4, n)
@@ -286,32 +207,32 @@ def _gland_scene(
     points = start + step[:, None] * np.stack(
       [np.cos(heading), np.sin(heading)], 1
     )
-    points = _spread(points, np.full(n, 3.2 * size), 5)
+    points = drawing.spread(points, np.full(n, 3.2 * size), 5)
     points = _expel(points, lumen, 4.0)
     lean = heading + rng.normal(0, 0.4, n)
     own = np.sqrt((radius**2 * (1 - white)).sum() / n)
-    gland = _blobs(
+    gland = drawing.blobs(
       points + rng.normal(0, 0.8, (n, 2)),
       own * rng.uniform(1.15, 1.5, n),
       rng.uniform(1.0, 1.6, n),
       lean,
-      _waves(rng, n, 0.06),
+      drawing.waves(rng, n, 0.06),
     )
 
-  epithelial = _blobs(
+  epithelial = drawing.blobs(
     points,
     3.6 * size * np.exp(rng.normal(0, 0.1, n)),
     rng.uniform(1.1, 1.6, n),
     lean,
-    _waves(rng, n, 0.04),
+    drawing.waves(rng, n, 0.04),
   )
-  around = _spread(
+  around = drawing.spread(
     rng.uniform(0, FIELD, (stromal, 2)), np.full(stromal, 4.0), 2
   )
   if label != 2:
     around = _expel(around, gland, 3.0)
   around = _expel(around, lumen, 3.0)
-  nuclei = _joined(
+  nuclei = drawing.joined(
     epithelial, _stromal_nuclei(rng, around, fibre, patient.size)
   )
   return Scene(gland, lumen, nuclei, *_appearance(rng, n + stromal), fibre)
@@ -323,19 +244,19 @@ def _ground(
   """Epithelial islands, white gaps and a fibre direction, without a label."""
   fibre = rng.uniform(0, np.pi)
   islands, gaps = int(rng.integers(1, 4)), int(rng.integers(0, 4))
-  gland = _blobs(
+  gland = drawing.blobs(
     rng.uniform(0, FIELD, (islands, 2)),
     rng.uniform(16, 34, islands),
     rng.uniform(1.0, 2.0, islands),
     rng.uniform(0, np.pi, islands),
-    _waves(rng, islands, 0.1),
+    drawing.waves(rng, islands, 0.1),
   )
-  gap = _blobs(
+  gap = drawing.blobs(
     rng.uniform(0, FIELD, (gaps, 2)),
     rng.uniform(3, 8, gaps),
     rng.uniform(1.0, 2.4, gaps),
     fibre + rng.normal(0, 0.6, gaps),
-    _waves(rng, gaps, 0.06),
+    drawing.waves(rng, gaps, 0.06),
   )
   return gland, gap, fibre
 
@@ -351,7 +272,7 @@ def _scattered(rng: np.random.Generator, n: int, gland: Blobs) -> np.ndarray:
 
 
 def _density_scene(
-  rng: np.random.Generator, label: int, patient: Patient
+  rng: np.random.Generator, label: int, patient: Look
 ) -> Scene:
   """Few or many nuclei, of a size and darkness that say nothing about it."""
   gland, gap, fibre = _ground(rng)
@@ -360,7 +281,7 @@ def _density_scene(
   # Area per nucleus spreads as widely as number does.
   size = patient.size * np.exp(rng.normal(0, 0.2)) * 3.3
   points = _scattered(rng, n, gland)
-  points = _spread(points, np.full(n, 0.85 * size), 3)
+  points = drawing.spread(points, np.full(n, 0.85 * size), 3)
   points = _expel(points, gap, 3.0)
   spindle = rng.random(n) < rng.uniform(0.1, 0.5)
   ratio = np.where(spindle, rng.uniform(1.6, 2.8, n), rng.uniform(1, 1.5, n))
@@ -368,14 +289,16 @@ def _density_scene(
     spindle, fibre + rng.normal(0, 0.3, n), rng.uniform(0, np.pi, n)
   )
   radius = size * np.exp(rng.normal(0, 0.14, n))
-  nuclei = _blobs(points, radius, ratio, angle, _waves(rng, n, 0.04))
+  nuclei = drawing.blobs(
+    points, radius, ratio, angle, drawing.waves(rng, n, 0.04)
+  )
   darkness, clumping, nucleolus = _appearance(rng, n)
   darkness = darkness * np.exp(rng.normal(0, 0.2))
   return Scene(gland, gap, nuclei, darkness, clumping, nucleolus, fibre)
 
 
 def _pleomorphism_scene(
-  rng: np.random.Generator, label: int, patient: Patient
+  rng: np.random.Generator, label: int, patient: Look
 ) -> Scene:
   """Nuclei alike or unlike, of one budget of number and total area."""
   gland, gap, fibre = _ground(rng)
@@ -387,14 +310,14 @@ def _pleomorphism_scene(
   radius = np.exp(rng.normal(0, spread, n))
   radius = np.clip(radius, 0.45, 2.2)
   radius *= size * np.sqrt(n / (radius**2).sum())
-  points = _spread(_scattered(rng, n, gland), 1.05 * radius, 5)
+  points = drawing.spread(_scattered(rng, n, gland), 1.05 * radius, 5)
   points = _expel(points, gap, 3.0)
-  nuclei = _blobs(
+  nuclei = drawing.blobs(
     points,
     radius,
     rng.uniform(1.0, longest, n),
     rng.uniform(0, np.pi, n),
-    _waves(rng, n, wave),
+    drawing.waves(rng, n, wave),
   )
   darkness, clumping, nucleolus = _appearance(rng, n)
   # Unlike nuclei also take the stain unlike one another.
@@ -407,7 +330,7 @@ class Task(NamedTuple):
   """A question about a tile and the scene that answers it."""
 
   classes: tuple[str, ...]
-  scene: Callable[[np.random.Generator, int, Patient], Scene]
+  scene: Callable[[np.random.Generator, int, Look], Scene]
 
 
 TASKS = {
@@ -422,23 +345,8 @@ TASKS = {
 
 @functools.lru_cache(maxsize=64)
 def _spline(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-  """Where `size` pixels fall among `cells` knots, and cubic B-spline weights.
-
-  Returns:
-    (first knot (size,), weights (4, size) float32).
-  """
-  at = (np.arange(size) + 0.5) / size * cells
-  first = np.floor(at).astype(np.int64)
-  t = at - first
-  weights = np.stack(
-    [
-      (1 - t) ** 3,
-      3 * t**3 - 6 * t**2 + 4,
-      -3 * t**3 + 3 * t**2 + 3 * t + 1,
-      t**3,
-    ]
-  )
-  return first, (weights / 6).astype(np.float32)
+  """Where `size` pixels fall among `cells` knots, as `drawing.spline` says."""
+  return drawing.spline((np.arange(size) + 0.5) / size * cells)
 
 
 def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
@@ -454,66 +362,6 @@ def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
   rows = sum((weights[k][:, None] * knots[first + k] for k in range(4)), none)
   field = sum((weights[k] * rows[:, first + k] for k in range(4)), none)
   return field * np.float32(2.1)  # a cubic B-spline halves the deviation
-
-
-class _Windows(NamedTuple):
-  """The pixels around each of n blobs, P x P each."""
-
-  pixel: np.ndarray  # (n, P, P) index into the tile; size^2 = outside it
-  rho: np.ndarray  # (n, P, P) distance from the centre, 1 = the outline
-  depth: np.ndarray  # (n, P, P) micrometres inside the outline, negative out
-  u: np.ndarray  # (n, P, P) micrometres along the long axis
-  v: np.ndarray  # (n, P, P) micrometres along the short one
-
-
-def _windows(blobs: Blobs, size: int) -> _Windows:
-  step = FIELD / size
-  a, b, x, y, angle = (
-    np.asarray(value, np.float32)[:, None, None]
-    for value in (blobs.a, blobs.b, blobs.x, blobs.y, blobs.angle)
-  )
-  wave = blobs.wave.astype(np.complex64)[:, None, None]
-  reach = blobs.a.max() * (1 + 0.6 * np.abs(blobs.wave).sum(1).max()) + 1.0
-  half = int(np.ceil(reach / step))
-  offsets = np.arange(-half, half + 1)
-  rows = np.floor(y / step).astype(np.int64) + offsets[:, None]
-  cols = np.floor(x / step).astype(np.int64) + offsets
-  inside = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)
-  pixel = np.where(inside, rows * size + cols, size * size)
-  dx = ((cols + 0.5) * step - x).astype(np.float32)
-  dy = ((rows + 0.5) * step - y).astype(np.float32)
-  cos, sin = np.cos(angle), np.sin(angle)
-  u, v = dx * cos + dy * sin, dy * cos - dx * sin
-  z = u / a + 1j * (v / b)
-  rho = np.abs(z) + np.float32(1e-6)
-  z /= rho
-  square = z * z
-  outline = 1 + np.real(
-    square * (wave[..., 0] + z * wave[..., 1] + square * wave[..., 2])
-  )
-  depth = (outline - rho) * np.sqrt(a * b)
-  return _Windows(pixel, rho / outline, depth, u, v)
-
-
-def _sum(pixel: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-  """Adds window values up into a tile (size, size) float32."""
-  total = np.bincount(pixel.ravel(), values.ravel(), minlength=size * size + 1)
-  return total[:-1].reshape(size, size).astype(np.float32)
-
-
-def _edge(depth: np.ndarray, softness: float) -> np.ndarray:
-  """0 outside, 1 inside, a smooth step of `softness` um between."""
-  t = np.clip(depth / softness + 0.5, 0, 1)
-  return t * t * (3 - 2 * t)
-
-
-def _cover(blobs: Blobs, size: int, softness: float) -> np.ndarray:
-  """How much of every pixel lies in any of the blobs: (size, size), 0 to 1."""
-  if not len(blobs.x):
-    return np.zeros((size, size), np.float32)
-  windows = _windows(blobs, size)
-  open_ = 1 - _edge(windows.depth, softness)
-  return 1 - np.exp(_sum(windows.pixel, np.log(open_ + 1e-6), size))
 
 
 def _fibres(
@@ -535,6 +383,7 @@ def _concentrations(
   rng: np.random.Generator, scene: Scene, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Hematoxylin and eosin in every pixel: two (size, size) float32, >= 0."""
+  step = FIELD / size
   softness = max(1.2, 1.2 * FIELD / size)
   slow = _smooth(rng, size, 4)
   fine = _smooth(rng, size, 56)
@@ -546,8 +395,8 @@ def _concentrations(
   cytoplasm = rng.uniform(0.42, 0.68) * (1 + 0.10 * fine + 0.08 * slow)
   basophil = rng.uniform(0.03, 0.20)
 
-  epithelium = _cover(scene.gland, size, softness)
-  white = _cover(scene.lumen, size, softness)
+  epithelium = drawing.cover(scene.gland, size, step, softness)
+  white = drawing.cover(scene.lumen, size, step, softness)
   secretion = np.float32(rng.uniform(0, 0.16) * (rng.random() < 0.5))
   eosin = stroma + epithelium * (cytoplasm - stroma)
   hematoxylin = 0.03 + epithelium * (basophil - 0.03) * (1 + 0.3 * fine)
@@ -558,37 +407,21 @@ def _concentrations(
   cells = int(rng.integers(3, 9)) if rng.random() < 0.3 else 0
   if cells:
     vessel = rng.uniform(8, FIELD - 8, 2) + rng.normal(0, 5, (cells, 2))
-    red = _blobs(
-      _spread(vessel, np.full(cells, 2.6), 3),
+    red = drawing.blobs(
+      drawing.spread(vessel, np.full(cells, 2.6), 3),
       rng.uniform(2.2, 2.9, cells),
       rng.uniform(1, 1.3, cells),
       rng.uniform(0, np.pi, cells),
       np.zeros((cells, 3)),
     )
-    red = _cover(red, size, softness)
+    red = drawing.cover(red, size, step, softness)
     eosin = eosin + red * (1.3 - eosin)
     hematoxylin = hematoxylin * (1 - red)
 
-  windows = _windows(scene.nuclei, size)
-  inside = _edge(windows.depth, softness)
-  chromatin = np.append(fine.ravel(), np.float32(0))[windows.pixel]
-  clumping, darkness, nucleolus = (
-    np.asarray(value, np.float32)[:, None, None]
-    for value in (scene.clumping, scene.darkness, scene.nucleolus)
+  nuclei = drawing.Nuclei(
+    scene.nuclei, scene.darkness, scene.clumping, scene.nucleolus
   )
-  # Heterochromatin gathers at the membrane; the more it clumps, the paler the
-  # middle. The mean over a nucleus stays `darkness`.
-  shade = 1 + clumping * (0.9 * windows.rho**2 - 0.45 + 0.28 * chromatin)
-  spot = (windows.u - 0.6) ** 2 + (windows.v + 0.4) ** 2
-  shade = darkness * shade + nucleolus * np.exp(-spot / np.float32(1.1))
-  once = 1 - np.exp(
-    _sum(windows.pixel, np.log1p(-np.minimum(inside, 0.999)), size)
-  )
-  often = _sum(windows.pixel, inside, size)
-  stain = _sum(windows.pixel, inside * np.maximum(shade, 0.15), size)
-  # A section is thinner than a nucleus: overlaps darken, but do not double.
-  overlap = 1 + 0.3 * np.minimum(np.maximum(often - once, 0), 1.5)
-  nuclear = stain / np.maximum(often, 1e-3) * once * overlap
+  once, nuclear = drawing.stain_nuclei([nuclei], fine, step, softness)
   hematoxylin = hematoxylin * (1 - once) + 1.15 * nuclear
   eosin = eosin * (1 - 0.55 * once)
 
@@ -598,7 +431,7 @@ def _concentrations(
     at = (np.arange(size, dtype=np.float32) + 0.5) / size * FIELD - FIELD / 2
     border = at * np.float32(np.cos(turn)) + at[:, None] * np.sin(turn)
     border = rng.uniform(26, 44) - border.astype(np.float32)
-    tissue = _edge(border + 3 * slow + warp * 0.3, softness * 1.5)
+    tissue = drawing.edge(border + 3 * slow + warp * 0.3, softness * 1.5)
     eosin, hematoxylin = eosin * tissue, hematoxylin * tissue
   return (
     np.maximum(hematoxylin, 0).astype(np.float32),
@@ -610,7 +443,7 @@ def _scan(
   rng: np.random.Generator,
   hematoxylin: np.ndarray,
   eosin: np.ndarray,
-  patient: Patient,
+  patient: Look,
   light: np.ndarray,
 ) -> np.ndarray:
   """Light through the stains, the lens and the sensor: (S, S, 3) uint8."""
@@ -682,7 +515,7 @@ class Tissue(Examples):
     """Returns the tile's name: each is drawn from numbers of its own."""
     return self.names[row]
 
-  def fingerprint(self) -> str:
+  def fingerprint(self, rows: Sequence[int] | None = None) -> str:
     """Returns a hash of everything that determines the images."""
     recipe = [
       "synthetic:tissue",
@@ -695,7 +528,7 @@ class Tissue(Examples):
     ]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
-  def _scene(self, row: int) -> tuple[np.random.Generator, Scene, Patient]:
+  def _scene(self, row: int) -> tuple[np.random.Generator, Scene, Look]:
     """Returns the row's own generator, its scene and its patient."""
     if not 0 <= row < len(self):
       raise IndexError(f"row {row} of {len(self)} tiles")

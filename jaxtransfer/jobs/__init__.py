@@ -23,12 +23,15 @@ class Job:
       with `--distributed`.
     divides: whether runs with the same workdir divide its work among
       themselves.
+    again: whether a finished run looks again at what it is of, for what is
+      new there or has failed.
   """
 
   name: str
   question: str
   joins: bool = False
   divides: bool = False
+  again: bool = False
 
   @property
   def module(self) -> str:
@@ -54,6 +57,20 @@ JOBS: dict[str, Job] = {
       "Where can a network be cut that is fine-tuned on my images, and what"
       " does it lose?",
       divides=True,
+    ),
+    Job(
+      "tile",
+      "Where on my slides is tissue, and which tiles of it are to be looked"
+      " at?",
+      divides=True,
+      again=True,
+    ),
+    Job(
+      "extract",
+      "What do networks make of every tile of my slides, in files that CLAM,"
+      " TRIDENT and STAMP read too?",
+      divides=True,
+      again=True,
     ),
     Job(
       "predict",

@@ -44,11 +44,13 @@ class Gallery:
     title: what.
     caption: how they were chosen, and what their words mean.
     images: in order.
+    side: pixels of the longer side of each.
   """
 
   title: str
   caption: str
   images: Sequence[Thumbnail]
+  side: int = SIDE
 
 
 def blocks(galleries: Sequence[Gallery]) -> list[Html]:
@@ -62,11 +64,12 @@ def blocks(galleries: Sequence[Gallery]) -> list[Html]:
   for gallery in galleries:
     items: list[Html] = []
     for image in gallery.images:
-      uri = data_uri(image.pixels, SIDE)
+      uri = data_uri(image.pixels, gallery.side)
       left -= len(uri)
       if left < 0:
         break
-      items.append(_item(image, uri))
+      items.append(_item(image, uri, gallery.side))
+    kind = "gallery" if gallery.side <= SIDE else "gallery wide"
     caption = gallery.caption
     if missing := len(gallery.images) - len(items):
       caption += (
@@ -76,20 +79,28 @@ def blocks(galleries: Sequence[Gallery]) -> list[Html]:
       join(
         tag("h3", gallery.title),
         tag("p", caption, class_="caption"),
-        tag("ul", *items, class_="gallery") if items else None,
+        tag("ul", *items, class_=kind) if items else None,
       )
     )
   return parts
 
 
-def _item(image: Thumbnail, uri: str) -> Html:
+def _item(image: Thumbnail, uri: str, side: int) -> Html:
   label, name, *words = (
     tables.shorten(files.visible(text))
     for text in (image.label, image.name, *image.words)
   )
+  height, width = image.pixels.shape[:2]
+  scale = side / max(height, width)
   return tag(
     "li",
-    tag("img", src=uri, alt=f"Image: {label}", width=SIDE, height=SIDE),
+    tag(
+      "img",
+      src=uri,
+      alt=f"Image: {label}",
+      width=max(1, round(width * scale)),
+      height=max(1, round(height * scale)),
+    ),
     tag("b", _breakable(label)),
     *(tag("span", _breakable(line)) for line in words),
     tag("span", _breakable(name), class_="minor"),

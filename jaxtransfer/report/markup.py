@@ -83,10 +83,16 @@ class Content:
   """What one job puts on its page between the sentence and the settings.
 
   A section with nothing in it is left out.
+
+  Attributes:
+    title: of the page.
+    sections: in order.
+    images: what the single images below are called.
   """
 
   title: str
   sections: Sequence[Section]
+  images: str = "Single images"
 
   def __post_init__(self):
     object.__setattr__(self, "sections", [s for s in self.sections if s.blocks])

@@ -82,6 +82,10 @@ h3 { margin: 1.5rem 0 .35rem; font-size: 1rem; break-after: avoid; }
   display: block; margin-bottom: .25rem; image-rendering: pixelated;
 }
 .gallery b, .gallery span { display: block; }
+.wide { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+.wide img {
+  max-width: 100%; height: auto; image-rendering: auto; outline: 1px solid #ddd;
+}
 .caption { max-width: 46rem; margin: 0 0 .6rem; font-size: .9rem; }
 th, td {
   padding: .35rem .5rem; text-align: right; vertical-align: top;
@@ -195,7 +199,7 @@ def write(
       for section in content.sections
     ),
     _section("Where it looks", *maps) if maps else None,
-    _section("Single images", *images) if images else None,
+    _section(content.images, *images) if images else None,
     _section(
       "Every measurement",
       tables.measurement_list(measurements.rows, _INLINE_ROWS),
@@ -272,7 +276,8 @@ def _notes(summary: Mapping[str, Any]) -> Html | None:
   if len(notes) > _LISTED:
     items.append(tag("li", f"… and {len(notes) - _LISTED:,} more."))
   if failures := summary.get("failures"):
-    images = "image was" if failures == 1 else "images were"
+    images = "image" if summary.get("broken") is None else "tile"
+    images += " was" if failures == 1 else "s were"
     items.insert(
       0,
       tag(

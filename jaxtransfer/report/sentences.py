@@ -452,3 +452,38 @@ def _and(items: Sequence[str], comma: str = ",") -> str:
   if len(items) < 3:
     return (f"{comma} and " if comma == ";" else " and ").join(items)
   return f"{comma} ".join([*items[:-1], f"and {items[-1]}"])
+
+
+def of_extract(summary: Mapping[str, Any]) -> str:
+  """Returns the sentence of an `extract` run.
+
+  Args:
+    summary: of results.json, without its sentence.
+
+  Returns:
+    What could not be used, then what there is.
+  """
+  what, broken = summary["bags"], summary["broken"]
+  whole = [s for s in summary["slides"] if not s["reason"]]
+  sentences = []
+  if broken:
+    total = len(summary["slides"])
+    sentences.append(
+      f"{len(broken):,} of {total:,} {what} could not be used: the first,"
+      f" {tables.shorten(broken[0]['name'])}:"
+      f" {tables.shorten(broken[0]['reason'])}."
+    )
+  if dropped := summary["failures"]:
+    share = tables.percent(dropped, dropped + summary["rows"]["tiles"])
+    sentences.append(
+      f"{dropped:,} tiles could not be read and are left out, {share}."
+    )
+  by = summary["encoders"]
+  networks = len({(one["network"], one["weights"]) for one in by})
+  plural = "s" * (networks > 1)
+  cuts = f" at {len(by)} cuts" if len(by) > networks else ""
+  sentences.append(
+    f"{summary['rows']['tiles']:,} tiles of {len(whole):,} {what} are encoded"
+    f" by {networks} network{plural}{cuts}."
+  )
+  return " ".join(sentences)

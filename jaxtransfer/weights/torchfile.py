@@ -12,7 +12,7 @@ import posixpath
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from jaxtransfer.weights.pickles import printable
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 ZIP_MAGIC = b"PK\x03\x04"
 
+T = TypeVar("T")
 _MAX_PICKLE_BYTES = 64 * 2**20
 
 # What zipfile raises over damaged directories, names and entries.
@@ -91,10 +92,8 @@ def read_torch_file(path: pathlib.Path) -> Checkpoint:
 
   Source: torch/serialization.py, `_legacy_load` and `_load`.
   """
-  with open(path, "rb") as f:
-    is_zip = f.read(4) == ZIP_MAGIC
   try:
-    contents, read_storage = _open_zip(path) if is_zip else _open_legacy(path)
+    contents, read_storage = _open(path, _contents_of)
     return Checkpoint(
       {
         name: _stored(path, view, read_storage)
@@ -105,6 +104,44 @@ def read_torch_file(path: pathlib.Path) -> Checkpoint:
     )
   except pickles.Refused as refusal:
     raise errors.UsageError(f"{path}: {refusal}") from None
+
+
+def read_tensor(path: pathlib.Path) -> np.ndarray:
+  """Reads a torch file that holds one tensor alone, as CLAM's features do.
+
+  Args:
+    path: a file of `torch.save`, in either format.
+
+  Returns:
+    The tensor, in its own type.
+
+  Raises:
+    UsageError: the file is damaged, cut short, or holds something else.
+  """
+  try:
+    view, read_storage = _open(path, _view_of)
+    return _stored(path, view, read_storage).read()
+  except pickles.Refused as refusal:
+    raise errors.UsageError(f"{path}: {refusal}") from None
+
+
+def _view_of(tree: Any) -> pickles.View:
+  if not isinstance(tree, pickles.View):
+    raise pickles.Refused("holds no tensor of its own, but other objects")
+  return tree
+
+
+def _open(
+  path: pathlib.Path, judge: Callable[[Any], T]
+) -> tuple[T, Callable[[pickles.Storage], bytes]]:
+  """Returns what `judge` makes of what was saved, and what reads storages."""
+  with open(path, "rb") as f:
+    start = f.read(len(LEGACY_MAGIC))
+  if start.startswith(ZIP_MAGIC):
+    return _open_zip(path, judge)
+  if start != LEGACY_MAGIC:
+    raise pickles.Refused("not a file of torch.save")
+  return _open_legacy(path, judge)
 
 
 def _stored(
@@ -202,8 +239,8 @@ def _texts_of(tree: dict[Any, Any]) -> dict[str, str]:
 
 
 def _open_zip(
-  path: pathlib.Path,
-) -> tuple[_Contents, Callable[[pickles.Storage], bytes]]:
+  path: pathlib.Path, judge: Callable[[Any], T]
+) -> tuple[T, Callable[[pickles.Storage], bytes]]:
   try:
     archive = zipfile.ZipFile(path)
   except _ZIP_ERRORS:
@@ -254,7 +291,7 @@ def _open_zip(
     return last[storage.key]
 
   stream = io.BytesIO(_read_entry(archive, entries[listed[0]]))
-  return _contents_of(pickles.interpret(stream, persistent)), read_storage
+  return judge(pickles.interpret(stream, persistent)), read_storage
 
 
 def _check_entries(
@@ -305,8 +342,8 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _open_legacy(
-  path: pathlib.Path,
-) -> tuple[_Contents, Callable[[pickles.Storage], bytes]]:
+  path: pathlib.Path, judge: Callable[[Any], T]
+) -> tuple[T, Callable[[pickles.Storage], bytes]]:
   storages: dict[str, pickles.Storage] = {}
 
   def persistent(saved: Any) -> pickles.Storage | pickles.Placeholder:
@@ -338,7 +375,7 @@ def _open_legacy(
       raise pickles.Refused(
         "written on a big-endian machine; save it on another"
       )
-    contents = _contents_of(pickles.interpret(f, persistent))
+    judged = judge(pickles.interpret(f, persistent))
     keys = pickles.interpret(f, persistent)
     places: dict[str, int] = {}
     if not isinstance(keys, list):
@@ -369,7 +406,7 @@ def _open_legacy(
       raise pickles.Refused("cut short; get the file again")
     return data
 
-  return contents, read_storage
+  return judged, read_storage
 
 
 def _foreign_of(saved: Any) -> pickles.Placeholder | None:

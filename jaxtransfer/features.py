@@ -6,10 +6,8 @@ under a digest of everything that determines it: a run that stops goes on after
 its last part, and a run that has all parts reads no image.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import pathlib
 import time
@@ -20,8 +18,8 @@ import h5py
 import jax
 import numpy as np
 
-from jaxtransfer import files, inference, parallel, progress
-from jaxtransfer.data import pipeline, sources
+from jaxtransfer import inference, parallel, progress
+from jaxtransfer.data import hdf5, pipeline, sources
 from jaxtransfer.networks import tensors
 from jaxtransfer.networks.network import Network
 
@@ -257,53 +255,11 @@ def _write(
   values: Mapping[str, np.ndarray],
   failures: Sequence[tuple[str, str]],
 ) -> None:
-  with files.atomic_path(path) as temporary, _Target(temporary) as target:
-    try:
-      with h5py.File(target, "w") as f:
-        f["row"] = rows.astype(np.int64)
-        for tap, array in values.items():
-          f[f"taps/{tap}"] = array
-        f["failures"] = json.dumps(failures)
-    finally:
-      if target.error is not None:
-        raise target.error from None
-
-
-class _Target(io.FileIO):
-  """A file for HDF5, which does not survive that one cannot be written.
-
-  It would say so in words of its own, with addresses, and close the file in a
-  way that can end the process. So it hears of no error, and whoever wrote asks.
-
-  Args:
-    path: of a file, made anew.
-
-  Attributes:
-    error: the first one; None where all was written.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    super().__init__(path, "w+")
-    self.error: OSError | None = None
-
-  def write(self, data: Any) -> int:  # noqa: D102
-    rest = memoryview(data).cast("B")
-    with self._noted():
-      while self.error is None and rest:
-        rest = rest[super().write(rest) :]
-    return memoryview(data).nbytes
-
-  def truncate(self, size: int | None = None) -> int:  # noqa: D102
-    with self._noted():
-      super().truncate(size)
-    return self.tell() if size is None else size
-
-  @contextlib.contextmanager
-  def _noted(self) -> Iterator[None]:
-    try:
-      yield
-    except OSError as e:
-      self.error = self.error or e
+  with hdf5.writing(path) as f:
+    f["row"] = rows.astype(np.int64)
+    for tap, array in values.items():
+      f[f"taps/{tap}"] = array
+    f["failures"] = json.dumps(failures)
 
 
 def _digest(images: Images, network: Network, taps: Sequence[str]) -> str:

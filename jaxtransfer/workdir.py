@@ -156,7 +156,8 @@ class Workdir:
     unreadable, failed = summary.get("failures"), summary.get("failed")
     if unreadable:
       path = self.path / "failures.csv"
-      print(f"Images that could not be read: {unreadable:,}; see {path}")
+      unit = str(summary.get("unit") or "images").capitalize()
+      print(f"{unit} that could not be read: {unreadable:,}; see {path}")
     if failed:
       print(f"Trainings that failed: {len(failed):,}; see the report")
     return 1 if unreadable or failed else 0

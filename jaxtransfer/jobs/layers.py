@@ -198,7 +198,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   left = _results(
     config, plan, source, data, read, measured, costs.table, about
   )
-  cut = left["summary"]["cut"]
+  cut = cast(results.Layers, left["summary"])["cut"]
   of_test = _predictions(plan, data, extracted[label], measured, cut)
   predictions.write(workdir.path / "predictions.csv", of_test)
   page.write(workdir.path, left, predictions.show(config, of_test[:1]))

@@ -264,13 +264,13 @@ def operate(
 
 def join_points(
   repeats: Sequence[Mapping[str, Sequence[operating.Point]]],
-  disjoint: bool = False,
+  tests: int,
 ) -> list[Operating]:
   """Joins the points of repeated trainings.
 
   Args:
     repeats: of each, as `operate` returns it.
-    disjoint: whether each repeat tests other images, as folds do.
+    tests: how often each image is tested: by all repeats, or, of folds, once.
   """
   joined = []
   for name in repeats[0]:
@@ -292,7 +292,7 @@ def join_points(
             )
             for key in points[0].values
           },
-          tuple((images.sum(0) if disjoint else images[0]).tolist()),
+          tuple((images.sum(0) // tests).tolist()),
         )
       )
   return joined
@@ -385,7 +385,7 @@ def evaluate(val: Outputs, test: Outputs, thresholds: Thresholds) -> Evaluation:
     confusion=confusion,
     missed=missed(test),
     chance=chance(test.targets, multilabel=multilabel),
-    points=join_points([operate(val, test, thresholds, temperature)]),
+    points=join_points([operate(val, test, thresholds, temperature)], 1),
     reliability={
       name: Reliability(
         *calibration.reliability(labels, special.softmax(of, axis=1))
@@ -467,7 +467,7 @@ def over_repeats(
   val: Sequence[Outputs] = (),
   thresholds: Thresholds | None = None,
   *,
-  disjoint: bool,
+  tests: int,
 ) -> Tested:
   """Measures a network that was trained once or several times.
 
@@ -478,7 +478,7 @@ def over_repeats(
     repeats: of each the split that is measured, with resamples.
     val: of each its validation, by which thresholds are chosen.
     thresholds: for what; None for no points.
-    disjoint: whether each repeat tests other images, as folds do.
+    tests: how often each image is tested: by all repeats, or, of folds, once.
   """
   once = [scoring.measure(of).values for of in repeats]
   resampled = [scoring.measure(of, resampled=True).values for of in repeats]
@@ -493,13 +493,7 @@ def over_repeats(
       )
       for chosen_on, outputs in zip(val, repeats, strict=True)
     ]
-  every = Outputs(
-    repeats[0].classes,
-    *(
-      np.concatenate([getattr(of, name) for of in repeats])
-      for name in ("rows", "targets", "logits")
-    ),
-  )
+  every = scoring.join(repeats)
   _, first = np.unique(every.rows, return_index=True)
   distinct = every.select(np.isin(np.arange(len(every.rows)), first))
   return Tested(
@@ -509,7 +503,7 @@ def over_repeats(
       )
       for name in metrics.OF_SCORES
     },
-    points=join_points(points, disjoint) if points else [],
+    points=join_points(points, tests) if points else [],
     missed=missed(every),
     chance=chance(every.targets, multilabel=every.classes.multilabel),
     images=Images(distinct.images(), [of.images() for of in repeats]),

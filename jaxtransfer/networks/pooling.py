@@ -11,7 +11,7 @@ Source: Ilse, Tomczak and Welling 2018, arXiv 1802.04712: attention (eq. 8) and
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,7 @@ class AttentionPooling(nnx.Module):
     self.score = heads.Linear(hidden, 1)
     self.dropout = dropout
 
-  def hidden(
-    self, embedded: jax.Array, keys: jax.Array | None
-  ) -> jax.Array:
+  def hidden(self, embedded: jax.Array, keys: jax.Array | None) -> jax.Array:
     """Returns (B, N, hidden), what the score is a weighted sum of."""
     return _drop(jnp.tanh(self.tanh(embedded)), self.dropout, keys, 0)
 
@@ -200,7 +198,10 @@ class BagNetwork(nnx.Module):
     self.channels = channels
     self.num_classes = num_classes
     self.kind = pooling
+    self.widths = tuple(embedding)
+    self.hidden = attention
     self.dropout = dropout
+    self.attention_dropout = attention_dropout
     narrow = None if dtype == jnp.float32 else jnp.dtype(dtype)
     widths = [channels, *embedding]
     self.embedding = nnx.List(
@@ -213,6 +214,19 @@ class BagNetwork(nnx.Module):
       widths[-1], attention, attention_dropout, narrow
     )
     self.head = heads.Linear(widths[-1], num_classes)
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """What a network of the same parameters is built with, for JSON."""
+    return {
+      "channels": self.channels,
+      "num_classes": self.num_classes,
+      "pooling": self.kind,
+      "embedding": list(self.widths),
+      "attention": self.hidden,
+      "dropout": self.dropout,
+      "attention_dropout": self.attention_dropout,
+    }
 
   def embed(
     self, features: jax.Array, keys: jax.Array | None = None

@@ -386,7 +386,10 @@ class _Run:
     if is_logged or is_last:
       inference.share_failures(self._task.batches)
       pipeline.too_many(
-        self._task.batches.failures, settings.examples, settings.max_failures
+        self._task.batches.failures,
+        settings.examples,
+        settings.max_failures,
+        settings.unit,
       )
     if self._done % settings.checkpoint_steps == 0 and not is_last:
       self._save_if_due()
@@ -491,9 +494,7 @@ def _waited_enough(records: Sequence[Record], settings: Settings) -> bool:
   """Whether the last `patience` epochs brought no better one."""
   done = len(epochs_of(records))
   best = best_epoch(records, settings.metric, settings.ties)
-  return (
-    done > settings.least_epochs and 0 < settings.patience <= done - best
-  )
+  return done > settings.least_epochs and 0 < settings.patience <= done - best
 
 
 def _is_best(

@@ -17,10 +17,11 @@ from jaxtransfer.data.images import ImageError
 
 # Programs that are compiled at most, one for each length.
 MOST = 6
+# Lengths are multiples of so many tiles: fewer take no less time.
+_STEP = 32
 # Tiles of a batch that is only evaluated, and its bags, at most; a longer bag
 # is a batch of its own.
-_TILES, _BAGS = 2**15, 64
-_COUNTS = (1, 4, 16, _BAGS)
+_TILES, _BAGS = 4096, 64
 # Batches that are being made or wait to be taken.
 _AHEAD = 3
 
@@ -34,9 +35,10 @@ def lengths(tiles: np.ndarray, most: int = MOST) -> np.ndarray:
 
   Returns:
     (K,) int64, rising; the last holds the largest bag. All are multiples of
-    eight, of more where the largest bag is large.
+    32, of more where the largest bag is large.
   """
-  step = 8 * -(-int(tiles.max()) // 4096)
+  # Of more than 512 sizes the best few would take long to choose.
+  step = _STEP * -(-int(tiles.max()) // (512 * _STEP))
   padded = -(-np.asarray(tiles, np.int64) // step) * step
   sizes, counts = np.unique(padded, return_counts=True)
   behind = np.concatenate([[0], np.cumsum(counts)])
@@ -379,15 +381,12 @@ class Evaluation:
     sizes = padded(tiles, lengths(tiles))
     self._batches: list[Planned] = []
     for size in np.unique(sizes[rows]).tolist():
-      rest = rows[sizes[rows] == size]
-      most = max(1, min(_BAGS, _TILES // size))
-      while len(rest):
-        # Few numbers of bags, each of which is compiled.
-        enough = (n for n in _COUNTS if n >= min(len(rest), most))
-        count = min(next(enough), most)
-        whole = -(-count // multiple) * multiple
-        self._batches.append(Planned(rest[:count], whole, size, 0))
-        rest = rest[count:]
+      of_size = rows[sizes[rows] == size]
+      count = max(1, min(_BAGS, _TILES // size))
+      count = -(-count // multiple) * multiple
+      for start in range(0, len(of_size), count):
+        batch = of_size[start : start + count]
+        self._batches.append(Planned(batch, count, size, 0))
 
   def __len__(self) -> int:
     return len(self._batches)

@@ -36,12 +36,11 @@ def resolve(given: str) -> str:
   return f"{packaged()[name]}{colon}{argument}"
 
 
-def shared(job: str, network: str) -> ml_collections.ConfigDict:
-  """Returns a config with the keys that every job has, and their defaults.
+def basics(job: str) -> ml_collections.ConfigDict:
+  """Returns a config with the keys of every job that divides examples.
 
   Args:
     job: the job's name, one of `jaxtransfer.jobs.JOBS`.
-    network: a name of `jaxtransfer.list_models()`.
   """
   config = ml_collections.ConfigDict()
   config.job = job
@@ -49,17 +48,29 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   config.batch_size = 64  # images over all devices
   config.dtype = "float32"  # "bfloat16" on GPU and TPU; parameters stay float32
   config.parallel = "jit"  # "pmap" gives the same results
-  config.thumbnails = 12  # images of each kind on the page; 0 = none
 
   config.data = ml_collections.ConfigDict()
   config.data.source = ""  # manifest.csv, a folder, tfds:<name>, synthetic:...
+  config.data.max_failures = 0.01  # unreadable share of images that stops a run
+  config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
+  config.data.few_shot = 0  # train images of each class; 0 = all
+  return config
+
+
+def shared(job: str, network: str) -> ml_collections.ConfigDict:
+  """Returns a config with the keys of every job on images, and their defaults.
+
+  Args:
+    job: the job's name, one of `jaxtransfer.jobs.JOBS`.
+    network: a name of `jaxtransfer.list_models()`.
+  """
+  config = basics(job)
+  config.thumbnails = 12  # images of each kind on the page; 0 = none
+
   config.data.task = ""  # of a manifest with several; "" = the only one
   config.data.image_size = 224  # pixels: shorter side resized, centre cropped
   config.data.workers = 0  # decoding processes; 0 = threads of this process
-  config.data.max_failures = 0.01  # unreadable share of images that stops a run
   config.data.max_pixels = 100_000_000  # larger images are refused unopened
-  config.data.split_fractions = (0.6, 0.2, 0.2)  # train, val, test, by group
-  config.data.few_shot = 0  # train images of each class; 0 = all
   config.data.near_duplicates = False  # also images that look the same
   config.data.tfds_dir = ""  # where TFDS keeps data sets; "" = its default
 
@@ -71,17 +82,14 @@ def shared(job: str, network: str) -> ml_collections.ConfigDict:
   return config
 
 
-def training(config: ml_collections.ConfigDict) -> None:
-  """Adds the keys that every job which trains has, and their defaults.
+def optimisation(config: ml_collections.ConfigDict) -> None:
+  """Adds the keys of every training, whatever it trains on.
 
   Args:
-    config: as `shared` returns it; changed in place.
+    config: as `basics` returns it; changed in place.
 
   Source: the defaults are those of Peng et al., arXiv 2106.05152v8.
   """
-  config.network.head = "gap"  # "flatten" = linear on the whole last map
-  config.multilabel = False  # True: `a;b` and `a;?b`, see data/labels.py
-  config.batch_norm = "train"  # or train_per_device, eval, frozen
   config.epochs = 200  # at most
   config.patience = 0  # epochs without a better one that end it; 0 = any
   config.accumulate = 1  # parts of a batch, one after the other, for memory
@@ -99,7 +107,6 @@ def training(config: ml_collections.ConfigDict) -> None:
   config.optimiser = ml_collections.ConfigDict()
   config.optimiser.name = "adam"  # or adamw, sgd (Nesterov)
   config.optimiser.learning_rate = 1e-4  # of the head
-  config.optimiser.backbone = 1.0  # of the rest, as a share; LWFT: 0.1
   config.optimiser.momentum = 0.9  # of sgd
   config.optimiser.weight_decay = 0.0  # of kernels
   config.optimiser.clip_norm = 0.0  # largest gradient norm; 0 = any
@@ -113,6 +120,21 @@ def training(config: ml_collections.ConfigDict) -> None:
 
   config.loss = ml_collections.ConfigDict()
   config.loss.class_weights = "balanced"  # or "none"
+
+
+def training(config: ml_collections.ConfigDict) -> None:
+  """Adds the keys of every job that trains on images, and their defaults.
+
+  Args:
+    config: as `shared` returns it; changed in place.
+
+  Source: the defaults are those of Peng et al., arXiv 2106.05152v8.
+  """
+  config.network.head = "gap"  # "flatten" = linear on the whole last map
+  config.multilabel = False  # True: `a;b` and `a;?b`, see data/labels.py
+  config.batch_norm = "train"  # or train_per_device, eval, frozen
+  optimisation(config)
+  config.optimiser.backbone = 1.0  # of the rest, as a share; LWFT: 0.1
   config.loss.label_smoothing = 0.0  # share of the label given to all
 
   config.augment = ml_collections.ConfigDict()

@@ -126,7 +126,7 @@ def decide(of: Predictions) -> Decisions:
   Of several labels those that are known; all where an image's are not.
   """
   targets = of.data.targets_of(of.rows)
-  unknown = np.isnan(targets).all(axis=1, keepdims=True)
+  unknown = np.asarray(np.isnan(targets).all(axis=1, keepdims=True))
   if of.data.multilabel:
     i, c = np.nonzero(~np.isnan(targets) | unknown)
     values = of.probabilities[i, c]

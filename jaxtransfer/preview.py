@@ -21,7 +21,7 @@ from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.extraction import passes
 from jaxtransfer.measure import probes
 from jaxtransfer.networks.network import Network
-from jaxtransfer.training import images
+from jaxtransfer.training import bags, images
 
 # Batches that are measured; where one takes long, fewer.
 _BATCHES, _SECONDS = 5, 20.0
@@ -108,35 +108,44 @@ def measure(
         break
   finally:
     batches.close()
-  seconds: list[float] = []
-  # The first compiles.
-  for batch in [read[0], *read]:
-    if sum(seconds) > _SECONDS:
-      break
+
+  def once(batch: dict[str, np.ndarray]) -> float:
     started = time.monotonic()
     jax.block_until_ready(compute(batch))
-    seconds.append(time.monotonic() - started)
-  first, *others = seconds
-  others = others or [first]
+    return time.monotonic() - started
+
+  seconds: list[float] = []
+  compiling: dict[Any, float] = {}
+  for batch in read:
+    if sum(seconds) > _SECONDS:
+      break
+    # The first of its shape compiles.
+    shapes = tuple(value.shape for value in batch.values())
+    if shapes not in compiling:
+      compiling[shapes] = once(batch)
+    seconds.append(once(batch))
+  least = min(seconds)
   # The first waits for the readers to start.
   start = min(1, len(read) - 1)
   return Speed(
     len(read),
     (moments[-1] - moments[start]) / (len(read) - start),
-    Time(min(others), max(others)),
-    max(0.0, first - min(others)),
+    Time(least, max(seconds)),
+    max(0.0, max(compiling.values()) - least),
   )
 
 
 def of_training(
-  training: images.ImageTask, devices: parallel.Devices, validation: int
+  training: images.ImageTask | bags.BagTask,
+  devices: parallel.Devices,
+  validation: int,
 ) -> tuple[Speed, Time]:
   """Measures the first steps of a training.
 
   Args:
     training: it is not to be used any more.
     devices: where.
-    validation: images that each epoch is judged by.
+    validation: examples that each epoch is judged by.
 
   Returns:
     The speed of a step, and the time of all epochs.
@@ -249,7 +258,7 @@ def of_probing(
   return Time(seconds / 4, 2 * seconds + compiling)
 
 
-def bytes_of_training(training: images.ImageTask) -> int:
+def bytes_of_training(training: images.ImageTask | bags.BagTask) -> int:
   """Returns how large the checkpoints of a training become."""
   state = training.first_state()
   numbers = (state, state.params, state.kept, state.statistics)
@@ -273,7 +282,7 @@ def tell(
   Args:
     config: the whole config.
     path: of the workdir.
-    divisions: the images, divided once or, for folds, several times.
+    divisions: the examples, divided once or, for folds, several times.
     work: what is done with them, a line each.
     speed: what was measured of batches; None where it was of something else.
     seconds: what it comes to.
@@ -331,7 +340,8 @@ def _splits(data: Dataset) -> list[str]:
   table = [("", *data.rows)]
   for c, name in enumerate(data.names):
     table.append((name, *(f"{int(of[c]):,}" for of in of_classes.values())))
-  table.append(("images", *(f"{len(r):,}" for r in data.rows.values())))
+  counts = (f"{len(rows):,}" for rows in data.rows.values())
+  table.append((data.examples.unit, *counts))
   if data.examples.groups is not None:
     groups = (
       len(set(data.groups_of(rows) or ())) for rows in data.rows.values()

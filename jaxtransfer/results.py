@@ -182,48 +182,56 @@ class Run(TypedDict):
   started: str
 
 
-class Summary(TypedDict):
-  """What the summaries of all jobs hold.
+class Told(TypedDict):
+  """What the summaries of all jobs that divide examples hold.
 
   Attributes:
     sentence: what came out, for people.
     rule: how it was decided.
-    cut: the last layer kept, or to keep.
     metric: the one that decides.
-    network: the zoo's name.
-    weights: what they are called.
-    data: where the images are from.
+    data: where the examples are from.
     classes: what is predicted.
-    taps: the layers in question, in the network's order.
-    rows: split -> images that were read.
+    rows: split -> examples that were read.
     groups: split -> their groups; null where none are known.
     notes: what the user should know, a line each.
     interval: what the intervals are.
-    failures: images that could not be read.
-    normalisation: of the images.
-    weights_sha256: of the weights' file; "" without one.
+    failures: examples that could not be read.
     seconds: what took how long.
     run: what was run.
   """
 
   sentence: str
   rule: str
-  cut: str
   metric: str
-  network: str
-  weights: str
   data: str
   classes: list[str]
-  taps: list[str]
   rows: dict[str, int]
   groups: dict[str, int] | None
   notes: list[str]
   interval: str
   failures: int
-  normalisation: Normalisation
-  weights_sha256: str
   seconds: dict[str, float]
   run: Run
+
+
+class Summary(Told):
+  """What the summaries of jobs on images have besides.
+
+  Attributes:
+    cut: the last layer kept, or to keep.
+    network: the zoo's name.
+    weights: what they are called.
+    taps: the layers in question, in the network's order.
+    normalisation: of the images.
+    weights_sha256: of the weights' file; "" without one.
+  """
+
+  cut: str
+  network: str
+  weights: str
+  taps: list[str]
+  normalisation: Normalisation
+  weights_sha256: str
 
 
 class Layers(Summary):
@@ -247,15 +255,15 @@ class Layers(Summary):
   sum_over_whole: dict[str, float]
 
 
-class Trained(Summary):
+class Learnt(TypedDict):
   """What the summaries of jobs that train have besides.
 
   Attributes:
-    multilabel: whether an image may have several labels.
+    multilabel: whether an example may have several labels.
     prevalence: of the positive class among the tested; null where not known.
     unfinished: trainings that more epochs would have helped.
     temperature: that the logits are divided by.
-    confusion: (C, C) test images by true and predicted class, or null.
+    confusion: (C, C) test examples by true and predicted class, or null.
     reliability: of the test split.
   """
 
@@ -265,6 +273,10 @@ class Trained(Summary):
   temperature: float
   confusion: list[list[int]] | None
   reliability: Reliability
+
+
+class Trained(Summary, Learnt):
+  """The summary of a job that trains on images."""
 
 
 class Finetune(Trained):
@@ -511,6 +523,7 @@ class Tile(TypedDict):
   """The summary of `tile`.
 
   Attributes:
+    unit: what could not be read is.
     sentence: what came out, for people.
     data: where the slides are from.
     tile: pixels of a tile's side.
@@ -531,6 +544,7 @@ class Tile(TypedDict):
   notes: list[str]
   failures: int
   broken: list[Broken]
+  unit: str
   seconds: dict[str, float]
   run: Run
 
@@ -587,6 +601,7 @@ class Extract(TypedDict):
   """The summary of `extract`.
 
   Attributes:
+    unit: what could not be read is.
     sentence: what came out, for people.
     data: where the slides or images are from.
     coords: where their tiles are from; "" for images.
@@ -616,6 +631,7 @@ class Extract(TypedDict):
   groups: dict[str, int]
   notes: list[str]
   failures: int
+  unit: str
   seconds: dict[str, float]
   run: Run
   bags: str
@@ -629,11 +645,91 @@ class Extract(TypedDict):
   layout: str
 
 
+class Pooled(TypedDict):
+  """An encoder's features with a pooling, tested.
+
+  Attributes:
+    name: for people.
+    encoder: what its folder is called.
+    pooling: of the tiles.
+    network: that made the features; null where the files do not say.
+    weights: its weights, likewise.
+    tap: the layer that was read, likewise.
+    channels: of a tile's features.
+    tiles: of a slide, the mean.
+    params: of the pooling network with its head.
+    training_seconds: the mean of the repeats.
+    epochs: likewise.
+    val: the metric on validation, likewise.
+    test: metric -> score, of slides.
+    patients: likewise, of groups; null where none has several slides.
+    patients_tested: how many groups.
+    operating: at thresholds.
+    missed: classes that are hardly found, of all repeats together.
+    chance: the balanced accuracy of guessing.
+    tests: how often every slide is tested.
+    chosen: whether it is the best on validation.
+    against_chosen: metric -> what it scores above the chosen one; null of
+      itself.
+    against_first: likewise above the first of the table.
+  """
+
+  name: str
+  encoder: str
+  pooling: str
+  network: str | None
+  weights: str | None
+  tap: str | None
+  channels: int
+  tiles: float
+  params: int
+  training_seconds: float
+  epochs: float
+  val: Number
+  test: dict[str, Score]
+  patients: dict[str, Score] | None
+  patients_tested: int | None
+  operating: list[Point]
+  missed: list[Missed]
+  chance: float
+  tests: int
+  chosen: bool
+  against_chosen: dict[str, Difference] | None
+  against_first: dict[str, Difference] | None
+
+
+class Slides(Told, Learnt):
+  """The summary of `slides`.
+
+  Attributes:
+    unit: what an example is.
+    epoch_metric: by which the epoch of a training is chosen.
+    repeats: how often each was trained, in words.
+    table: every encoder with every pooling.
+    learning: of the chosen one.
+    exported: which network was handed over.
+    seed: of the trainings that the curves, the confusions and the tiles'
+      attention are of.
+    curves: of the chosen one and the others.
+    failed: trainings that failed.
+  """
+
+  unit: str
+  epoch_metric: str
+  repeats: str
+  table: list[Pooled]
+  learning: list[Learning]
+  exported: Exported
+  seed: int
+  curves: list[NamedCurves]
+  failed: list[Failed]
+
+
 class Results(TypedDict):
   """A whole results.json."""
 
   job: str
-  summary: Layers | Finetune | Truncate | Extract | Tile | Predict
+  summary: Layers | Finetune | Truncate | Extract | Tile | Slides | Predict
   measurements: list[Row]
 
 
@@ -643,6 +739,7 @@ SUMMARIES = {
   "finetune": Finetune,
   "layers": Layers,
   "predict": Predict,
+  "slides": Slides,
   "tile": Tile,
   "truncate": Truncate,
 }

@@ -156,8 +156,8 @@ class Workdir:
     unreadable, failed = summary.get("failures"), summary.get("failed")
     broken, path = summary.get("broken"), self.path / "failures.csv"
     if unreadable:
-      what = "Images" if broken is None else "Tiles"
-      print(f"{what} that could not be read: {unreadable:,}; see {path}")
+      unit = str(summary.get("unit") or "images").capitalize()
+      print(f"{unit} that could not be read: {unreadable:,}; see {path}")
     if failed:
       print(f"Trainings that failed: {len(failed):,}; see the report")
     if broken:

@@ -48,7 +48,8 @@ class Dataset:
   def __str__(self) -> str:
     counts = {split: len(rows) for split, rows in self.rows.items()}
     return (
-      f"{sum(counts.values()):,} images of {len(self.names):,} classes"
+      f"{sum(counts.values()):,} {self.examples.unit} of"
+      f" {len(self.names):,} classes"
       f" ({', '.join(f'{n:,} {split}' for split, n in counts.items())})"
     )
 
@@ -159,9 +160,14 @@ class Dataset:
     notes = []
     if not self.multilabel:
       notes += splitting.lacking(
-        self.rows, self.examples.labels, self.examples.classes
+        self.rows,
+        self.examples.labels,
+        self.examples.classes,
+        self.examples.unit,
       )
-    return notes + splitting.rough(self.rows, self.examples.groups)
+    return notes + splitting.rough(
+      self.rows, self.examples.groups, self.examples.unit
+    )
 
 
 def open_divisions(
@@ -180,7 +186,7 @@ def open_divisions(
     UsageError: the source, its labels or its splits cannot be used.
   """
   check_splits(path)
-  duplicates.check_installed(config.data.near_duplicates)
+  duplicates.check_installed(config.data.get("near_duplicates", False))
   examples = sources.open_source(config.data)
   multilabel = bool(config.get("multilabel", False))
   names, targets = labelling.read_targets(examples.classes, multilabel)
@@ -208,7 +214,7 @@ def open_divisions(
   least = min(len(rows["train"]) for rows in divisions)
   if "epochs" in config and least < config.batch_size:
     notes.append(
-      "The train split holds fewer images than config.batch_size,"
+      f"The train split holds fewer {examples.unit} than config.batch_size,"
       f" {config.batch_size}: every epoch is one step."
     )
   datasets = [
@@ -323,7 +329,7 @@ def note_duplicates(
 
   Args:
     divisions: as `open_divisions` returns them.
-    config: the whole config; of it `data.near_duplicates`.
+    config: the whole config; of it `data.near_duplicates`, where it is.
     path: of duplicates.json, by which it is done once.
     share: gives what the first process of a run computes to all.
 
@@ -339,7 +345,10 @@ def note_duplicates(
     places = {f"fold {one.fold}": one.rows["test"] for one in divisions}
   notes = share(
     lambda: duplicates.check(
-      first.examples, places, config.data.near_duplicates, path
+      first.examples,
+      places,
+      config.data.get("near_duplicates", False),
+      path,
     )
   )
   return [

@@ -74,13 +74,16 @@ def check(
     if all(stored.get(key) == value for key, value in about.items()):
       return stored["notes"]
     rows = np.concatenate(list(places.values()))
-    digests = _map(examples.digest, rows, "looking for duplicates")
+    digests = _map(
+      examples.digest, rows, "looking for duplicates", examples.unit
+    )
     kinds = [("same", "=", _twins(places, digests, {}))]
     if near:
       hashes = _map(
         functools.partial(_hash, examples),
         rows,
         "looking for images that look the same",
+        examples.unit,
       )
       twins = _twins(places, hashes, _neighbours(set(hashes.values())))
       for key, same in kinds[0][2].items():
@@ -120,20 +123,21 @@ def _note(
   sign: str,
 ) -> str:
   count, names = len(twins), examples.names
-  images = f"{count:,} image{'s' * (count > 1)} of {place}"
+  unit = examples.unit if count > 1 else examples.unit.removesuffix("s")
   are = "are" if count > 1 else "is"
   words = f"{are} also in {other}"
   if sign == "~":
     words = f"look{'s' * (count == 1)} like one of {other}"
   pairs = [f"{names[row]} {sign} {names[twin]}" for row, twin in twins.items()]
   return (
-    f"{images} {words}: {naming.shown(pairs)}. That makes scores too good:"
+    f"{count:,} {unit} of {place} {words}: {naming.shown(pairs)}. That makes"
+    " scores too good:"
     " leave one of each out, or give both the same group."
   )
 
 
 def _map(
-  compute: Callable[[int], str], rows: np.ndarray, what: str
+  compute: Callable[[int], str], rows: np.ndarray, what: str, unit: str
 ) -> dict[int, str]:
   """Returns row -> what is computed of it, of those that can be read."""
 
@@ -152,7 +156,7 @@ def _map(
   chunks = [rows[start : start + _CHUNK].tolist() for start in starts]
   with (
     futures.ThreadPoolExecutor(pipeline.processors()) as pool,
-    progress.Progress(what, "images", len(rows)) as bar,
+    progress.Progress(what, unit, len(rows)) as bar,
   ):
     for chunk, pairs in zip(chunks, pool.map(of_chunk, chunks), strict=True):
       values |= dict(pairs)

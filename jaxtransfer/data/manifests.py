@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jaxtransfer.data import names as naming
 from jaxtransfer.errors import MissingSourceError, UsageError, nearest
@@ -56,8 +56,8 @@ def read(
     MissingSourceError: none of its first images is there.
   """
   required = ("path", "label") if labelled else ("path",)
-  lines, columns, notes = _table(path, required)
-  _check_splits(path, lines, columns["split"])
+  lines, columns, notes = table(path, COLUMNS, required)
+  check_splits(path, lines, columns["split"])
   _check_duplicates(path, lines, columns)
   about = naming.alike("tasks", columns["task"] or ())
   rows = _of_task(path, len(lines), columns["task"], task)
@@ -80,7 +80,7 @@ def read(
     )
   about += naming.alike("groups", columns["group"] or ())
   about += naming.alike("slides", columns["slide"] or ())
-  groups, about_groups = _groups(names, columns["group"], columns["slide"])
+  groups, about_groups = grouped(names, columns["group"], columns["slide"])
   about += about_groups
   return Manifest(
     names=names,
@@ -143,29 +143,53 @@ def why_missing(name: str) -> str:
   return ""
 
 
-def _table(
-  path: pathlib.Path, required: Sequence[str]
+def table(
+  path: pathlib.Path,
+  names: Sequence[str],
+  required: Sequence[str],
+  *,
+  blank: Sequence[str] = (),
+  called: Mapping[str, str] | None = None,
 ) -> tuple[list[int], dict[str, list[str] | None], list[str]]:
-  """Returns the line of every row, every column, and notes."""
-  columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
+  """Reads the columns of a CSV file whose first line names them.
+
+  Args:
+    path: the file.
+    names: of the columns that are used.
+    required: those of them that must be there.
+    blank: those of these that may be empty in some rows.
+    called: what a column is called elsewhere -> what it is called here; it is
+      used where there is none of the right name.
+
+  Returns:
+    The line of every row, {name: its values, None where there are none}, and
+    notes.
+
+  Raises:
+    UsageError: a mistake in it, with the line.
+  """
+  columns: dict[str, list[str]] = {name: [] for name in names}
   lines: list[int] = []
   notes = []
   rows = csv_rows(path)
   _, header = next(rows, (0, []))
   header = [name.strip().lower() for name in header]
+  for other, name in (called or {}).items():
+    if other in header and name not in header:
+      header = [name if column == other else column for column in header]
   for name in required:
     if name not in header:
       raise UsageError(
         f"{path}: no column {name!r}; a manifest is comma-separated and its"
         f" first line names the columns, here {', '.join(header) or 'none'}"
       )
-  for name in COLUMNS:
+  for name in names:
     if header.count(name) > 1:
       raise UsageError(f"{path}: the column {name!r} is there twice")
-  unused = [name for name in header if name not in COLUMNS]
+  unused = [name for name in header if name not in names]
   if unused:
     notes.append(f"{path}: columns not used: {naming.shown(unused, 8)}")
-  positions = [(name, header.index(name)) for name in COLUMNS if name in header]
+  positions = [(name, header.index(name)) for name in names if name in header]
   for line, row in rows:
     if len(row) != len(header):
       raise UsageError(
@@ -179,7 +203,7 @@ def _table(
     raise UsageError(f"{path}: no rows")
   for name in required:
     for line, value in zip(lines, columns[name], strict=True):
-      if not value:
+      if not value and name not in blank:
         raise UsageError(f"{path}, line {line}: empty {name}")
   return lines, {name: _filled(vs) for name, vs in columns.items()}, notes
 
@@ -214,9 +238,19 @@ def csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
     raise UsageError(f"{path}: {e.strerror}") from e
 
 
-def _check_splits(
+def check_splits(
   path: pathlib.Path, lines: list[int], splits: list[str] | None
 ) -> None:
+  """Checks that a column of splits says train, val or test in every row.
+
+  Args:
+    path: the file.
+    lines: of every row.
+    splits: of every row, or None.
+
+  Raises:
+    UsageError: it does not, with the line.
+  """
   for line, split in zip(lines, splits or [], strict=False):
     if split not in ("train", "val", "test"):
       raise UsageError(
@@ -291,7 +325,7 @@ def _check_there(path: pathlib.Path, names: Sequence[str]) -> None:
     )
 
 
-def _groups(
+def grouped(
   names: Sequence[str],
   groups: Sequence[str] | None,
   slides: Sequence[str] | None,
@@ -299,6 +333,11 @@ def _groups(
   """Returns the group of every row, and notes.
 
   A slide is of one patient, so that rows of one slide are never divided.
+
+  Args:
+    names: of every row.
+    groups: of every row, "" where none is named; None for no column.
+    slides: likewise.
   """
   notes = []
   if groups is None:

@@ -442,13 +442,16 @@ class Prefetched(grain.DatasetIterator):
     self._closed = True
 
 
-def too_many(failures: Failures, total: int, limit: float) -> None:
-  """Stops a run in which too many images could not be read.
+def too_many(
+  failures: Failures, total: int, limit: float, unit: str = "images"
+) -> None:
+  """Stops a run in which too many examples could not be read.
 
   Args:
     failures: (name, reason) of each.
-    total: how many images there are.
+    total: how many there are.
     limit: the share that may fail, `config.data.max_failures`; 0 allows none.
+    unit: what they are.
 
   Raises:
     UnreadableError: more failed.
@@ -456,7 +459,7 @@ def too_many(failures: Failures, total: int, limit: float) -> None:
   if len(failures) > limit * total:
     name, reason = failures[0]
     raise errors.UnreadableError(
-      f"{len(failures)} of {total} images could not be read, more than"
+      f"{len(failures)} of {total} {unit} could not be read, more than"
       f" data.max_failures = {limit:g}; the first: {name}: {reason}",
       failures,
     )

@@ -14,7 +14,7 @@ import pathlib
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_collections
 import numpy as np
@@ -41,6 +41,7 @@ class Examples:
   """Labelled images, read one at a time.
 
   Attributes:
+    unit: what they are called, in the plural.
     classes: names of the classes, sorted.
     labels: (N,) int32, index into `classes`.
     names: path (relative to the source) or id of every row.
@@ -61,6 +62,7 @@ class Examples:
   splits: list[str] | None = None
   tasks: list[str] | None = None
   notes: list[str] = dataclasses.field(default_factory=list)
+  unit: ClassVar[str] = "images"
 
   def __len__(self) -> int:
     return len(self.names)
@@ -101,6 +103,8 @@ def open_source(
   - `<file>.csv`: a manifest with the columns path and label and, optionally,
     group, split, slide and task. Paths are relative to the file.
   - a folder: `<class>/<image>` or `<split>/<class>/<image>`.
+  - `<file>.csv` with `config.features`: slides, whose tiles' features are in
+    these folders; see `data.bags.open_bags`.
   - `tfds:<name>[/<config>][:<version>]`: a prepared TFDS data set.
   - `synthetic:tissue[/<task>][?<option>=<number>&...]`: tiles drawn by
     `data.tissue.open_tissue`, whose options these are; `size` is
@@ -111,7 +115,8 @@ def open_source(
   is read with all folders below it.
 
   Args:
-    config: `config.data`: source, task, image_size, max_pixels, tfds_dir.
+    config: `config.data`: source, task, image_size, max_pixels, tfds_dir; or
+      source, features and max_failures.
     known: the classes of a finished network; None where all need labels.
 
   Returns:
@@ -122,6 +127,11 @@ def open_source(
       and the row.
     MissingSourceError: the source is not there.
   """
+  if "features" in config:
+    # It imports `Examples`, which its slides are.
+    from jaxtransfer.data import bags
+
+    return bags.open_bags(config)
   source = config.source
   if not source:
     raise UsageError(
@@ -212,10 +222,17 @@ def _hash(max_pixels: int, items: Iterable[Any]) -> str:
   return digest.hexdigest()
 
 
-def _index(
+def index(
   labels: Sequence[str],
 ) -> tuple[list[str], np.ndarray, list[str]]:
-  """Returns the classes, (N,) int32 index into them, and notes."""
+  """Returns the classes, sorted, and which each label is.
+
+  Args:
+    labels: N of them.
+
+  Returns:
+    The classes, (N,) int32 index into them, and notes on those that look alike.
+  """
   counts = collections.Counter(labels)
   classes = sorted(counts)
   number = {name: i for i, name in enumerate(classes)}
@@ -239,7 +256,7 @@ def _open_manifest(
   path: pathlib.Path, task: str, max_pixels: int, *, labelled: bool
 ) -> Examples:
   manifest = manifests.read(path, task, labelled=labelled)
-  classes, labels, notes = _index(manifest.labels)
+  classes, labels, notes = index(manifest.labels)
   return _Files(
     path.parent,
     max_pixels,
@@ -302,7 +319,7 @@ def _open_folder(root: pathlib.Path, max_pixels: int) -> Examples:
       f"{root}: only the class {labels[0]} has images; {'; '.join(left_out)};"
       f" images are {', '.join(sorted(SUFFIXES))}"
     )
-  classes, numbers, alike = _index(labels)
+  classes, numbers, alike = index(labels)
   return _Files(
     root,
     max_pixels,
@@ -511,7 +528,7 @@ def _open_tfds(name: str, data_dir: str | None, max_pixels: int) -> Examples:
   if min(labels, default=0) < 0:
     raise UsageError(f"tfds:{name}: {names[labels.index(-1)]} has no label")
   label_names = features[label_key].names
-  classes, numbers, notes = _index([label_names[label] for label in labels])
+  classes, numbers, notes = index([label_names[label] for label in labels])
   if gone := sorted(set(label_names) - set(classes)):
     notes.append(f"no image of the classes {naming.shown(gone, 5)}")
   if ignored:

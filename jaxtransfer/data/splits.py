@@ -251,6 +251,7 @@ def check_splits(
   names: Sequence[str],
   classes: Sequence[str],
   slides: Sequence[str] | None = None,
+  unit: str = "images",
 ) -> list[str]:
   """Checks that splits can be used; run it at every start, given or drawn.
 
@@ -262,6 +263,7 @@ def check_splits(
     classes: names of the classes.
     slides: N names, "" where unknown, if no slide may be in two splits; None
       where groups alone decide.
+    unit: what the rows are.
 
   Returns:
     Warnings, a line each: classes that val or test lack.
@@ -270,14 +272,15 @@ def check_splits(
     UsageError: a row, a group or a slide in two splits, or a class that train
       lacks.
   """
-  _check_disjoint(splits, names, names, "image")
+  _check_disjoint(splits, names, names, unit.removesuffix("s"), unit=unit)
   if groups is not None:
     of_slides = slides is not None and all(
       group == slide
       for group, slide in zip(groups, slides, strict=True)
       if slide
     )
-    _check_disjoint(splits, groups, names, "slide" if of_slides else "group")
+    what = "slide" if of_slides else "group"
+    _check_disjoint(splits, groups, names, what, unit=unit)
   if slides is not None:
     _check_disjoint(
       splits,
@@ -288,12 +291,12 @@ def check_splits(
       " anew in each group, or hold several patients, leave the column 'slide'"
       " out",
     )
-  absent = "train" in splits and _absent(splits["train"], labels, classes)
+  absent = "train" in splits and _absent(splits["train"], labels, classes, unit)
   if absent:
     raise UsageError(
       f"the train split has {absent}; leave them out or change the splits"
     )
-  return lacking(splits, labels, classes)
+  return lacking(splits, labels, classes, unit)
 
 
 def divide(
@@ -385,6 +388,7 @@ def _draw_folds(
   config: ml_collections.ConfigDict, examples: Examples
 ) -> list[dict[str, np.ndarray]]:
   folds = config.folds
+  _check_enough(examples, folds)
   fold = k_folds(examples.labels, examples.groups, folds, config.seed)
   divisions = []
   for i in range(folds):
@@ -397,6 +401,21 @@ def _draw_folds(
     _keep_few(config, examples, divided)
     divisions.append(divided)
   return divisions
+
+
+def _check_enough(examples: Examples, folds: int) -> None:
+  """Refuses folds of which some could not test a class."""
+  groups = examples.groups or examples.names
+  for number, name in enumerate(examples.classes):
+    rows = np.flatnonzero(examples.labels == number).tolist()
+    count = len({groups[row] for row in rows})
+    what = "groups" if examples.groups else examples.unit
+    if count < folds:
+      fewer = f"use {count} folds or fewer, or " if count >= 3 else ""
+      raise UsageError(
+        f"config.folds is {folds}, but the class {name} has {count} {what}, and"
+        f" some folds would not test it: {fewer}leave the class out"
+      )
 
 
 def join_folds(
@@ -438,14 +457,15 @@ def _check_usable(
   Groups alone decide unless the source gives splits: then they can have been
   made without regard to slides.
   """
+  unit = examples.unit
   for name, rows in divided.items():
     present = {examples.classes[c] for c in examples.labels[rows]}
     if len(present) < 1 + every_class:
       raise UsageError(
         f"the {name} split of {config.data.source} has"
-        f" {len(rows)} images of {len(present)} classes"
+        f" {len(rows)} {unit} of {len(present)} classes"
         f" ({', '.join(sorted(present)) or 'none'}); train, val and test need"
-        f" {'two each' if every_class else 'some'}: more images, other groups"
+        f" {'two each' if every_class else 'some'}: more {unit}, other groups"
         " or other config.data.split_fractions"
       )
   labels, classes = examples.labels, examples.classes
@@ -458,16 +478,17 @@ def _check_usable(
     examples.names,
     classes,
     None if given is None else examples.slides,
+    unit,
   )
   if given is not None:
-    notes += _taken_from_train(given, divided)
+    notes += _taken_from_train(given, divided, unit)
   if examples.groups is None:
     notes.append(
-      "The source names no groups (patients): images were divided and"
+      f"The source names no groups (patients): {unit} were divided and"
       " resampled one by one. Scores are too high and intervals too narrow"
-      " where images of one patient are alike."
+      f" where {unit} of one patient are alike."
     )
-  return notes + rough(divided, examples.groups)
+  return notes + rough(divided, examples.groups, unit)
 
 
 def _check_disjoint(
@@ -476,6 +497,7 @@ def _check_disjoint(
   names: Sequence[str],
   what: str,
   hint: str = "",
+  unit: str = "images",
 ) -> None:
   """Refuses splits that share a value, "" excepted, with a row of each."""
   owner: dict[str, tuple[str, int]] = {"": ("", 0)}
@@ -494,36 +516,39 @@ def _check_disjoint(
     ]
     raise UsageError(
       f"{naming.shown(overlaps, between='; ')}: the scores would be those of"
-      f" images already seen; put each in one{hint}"
+      f" {unit} already seen; put each in one{hint}"
     )
 
 
 def _taken_from_train(
-  given: Sequence[str], divided: Mapping[str, np.ndarray]
+  given: Sequence[str], divided: Mapping[str, np.ndarray], unit: str
 ) -> list[str]:
   """Says which splits the source does not give."""
   count = collections.Counter(given)
   return [
     f"The source gives no {split} split: {len(divided[split]):,} of its"
-    f" {count['train']:,} train images were taken for it."
+    f" {count['train']:,} train {unit} were taken for it."
     for split in SPLITS
     if not count[split]
   ]
 
 
 def rough(
-  splits: Mapping[str, np.ndarray], groups: Sequence[str] | None
+  splits: Mapping[str, np.ndarray],
+  groups: Sequence[str] | None,
+  unit: str = "images",
 ) -> list[str]:
   """Returns a line for val and test each where they are too small to trust.
 
   Args:
     splits: row indices of every split.
     groups: N names, or None.
+    unit: what the rows are.
   """
   notes = []
   for name in SPLITS[1:]:
     rows = splits[name]
-    held = f"{len(rows):,} images"
+    held = f"{len(rows):,} {unit}"
     count = len(rows)
     if groups is not None:
       count = len({groups[row] for row in rows})
@@ -540,17 +565,19 @@ def lacking(
   splits: Mapping[str, np.ndarray],
   labels: np.ndarray,
   classes: Sequence[str],
+  unit: str = "images",
 ) -> list[str]:
-  """Returns a line for every split that lacks classes but not all images.
+  """Returns a line for every split that lacks classes but not all rows.
 
   Args:
     splits: row indices of every split.
     labels: (N,) int, the class of every row.
     classes: names of the classes.
+    unit: what the rows are.
   """
   notes = []
   for split, rows in splits.items():
-    if len(rows) and (absent := _absent(rows, labels, classes)):
+    if len(rows) and (absent := _absent(rows, labels, classes, unit)):
       so = "its scores leave them out"
       if split == "train":
         so = "the network never saw one"
@@ -559,7 +586,10 @@ def lacking(
 
 
 def _absent(
-  rows: Sequence[int] | np.ndarray, labels: np.ndarray, classes: Sequence[str]
+  rows: Sequence[int] | np.ndarray,
+  labels: np.ndarray,
+  classes: Sequence[str],
+  unit: str,
 ) -> str | None:
   """Says which classes some rows lack; None where they lack none."""
   of_rows = np.asarray(labels)[np.asarray(rows, np.int64)]
@@ -568,4 +598,5 @@ def _absent(
   if not absent:
     return None
   shown = naming.shown(absent, 5)
-  return f"no image of {len(absent)} of {len(classes)} classes: {shown}"
+  one = unit.removesuffix("s")
+  return f"no {one} of {len(absent)} of {len(classes)} classes: {shown}"

@@ -155,7 +155,9 @@ def _compare(
   path: str | os.PathLike[str], stored: Mapping[str, Any], examples: Examples
 ) -> None:
   """Refuses a source that is not what was stored, with its first rows."""
-  difference = _different_names(stored["names"], list(examples.names))
+  difference = _different_names(
+    stored["names"], list(examples.names), examples.unit
+  )
   if not difference and "columns" in stored:
     difference = _different_rows(stored["columns"], examples)
     if not difference and stored["classes"] != list(examples.classes):
@@ -170,7 +172,7 @@ def _compare(
     )
 
 
-def _different_names(old: list[str], new: list[str]) -> str:
+def _different_names(old: list[str], new: list[str], unit: str) -> str:
   if old == new:
     return ""
   gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
@@ -180,7 +182,7 @@ def _different_names(old: list[str], new: list[str]) -> str:
       f"the order of rows: row {row + 1} is {old[row]} there, {new[row]} now"
     )
   examples = naming.shown([*added, *gone], _SHOWN)
-  return f"{len(added):,} images are new, {len(gone):,} gone ({examples})"
+  return f"{len(added):,} {unit} are new, {len(gone):,} gone ({examples})"
 
 
 def _different_rows(

@@ -53,6 +53,12 @@ JOBS: dict[str, Job] = {
       joins=True,
     ),
     Job(
+      "slides",
+      "What is a slide, from the features of its tiles, and whose features say"
+      " it best?",
+      divides=True,
+    ),
+    Job(
       "truncate",
       "Where can a network be cut that is fine-tuned on my images, and what"
       " does it lose?",

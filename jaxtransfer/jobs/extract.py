@@ -250,6 +250,7 @@ def _results(
     groups={of.what: len(whole)},
     notes=[*notes, *extraction.store.notes, *_unlike(whole, of.what)],
     failures=sum(slide["dropped"] for slide in slides),
+    unit="tiles",
     seconds={"encoding, of all processes": seconds},
     run=begun,
     bags=of.what,

@@ -544,6 +544,7 @@ def _results(
     table=table,
     notes=notes,
     failures=len(failures) - len(broken),
+    unit="tiles",
     broken=broken,
     seconds={"tiling": sum(row["seconds"] or 0.0 for row in table)},
     run=begun,

@@ -27,13 +27,12 @@ from jaxtransfer import (
   cuts,
   errors,
   files,
-  hosts,
   inference,
   parallel,
   predictions,
   preview,
-  progress,
   results,
+  trainings,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.cuts import (
@@ -362,7 +361,7 @@ def _report(
   chosen = next(row for row in rows if row.chosen)
   evaluated = evaluations[chosen.name]
   exported = _export(bench, chosen, evaluated)
-  unreadable = _unreadable(bench)
+  unreadable = trainings.unreadable(bench.kept)
   if unreadable:
     pipeline.write_failures(
       bench.path / "failures.csv", sorted(unreadable.items())
@@ -396,8 +395,8 @@ def _report(
       for name, of in evaluations.items()
     ],
     failed=[
-      results.Failed(unit=name, reason=record["reason"])
-      for name, (record,) in bench.kept.records("failed.json").items()
+      results.Failed(unit=name, reason=reason)
+      for name, reason in trainings.failed(bench.kept).items()
     ],
     seconds={
       "training": sum(record["seconds"] for record in records),
@@ -523,7 +522,7 @@ def _table(
     rows, tested, _costs(bench, rows), strict=True
   ):
     records = [bench.kept.done(unit) for unit in row.units]
-    values = [_number(r["val"][bench.config.metric]) for r in records]
+    values = [trainings.value_of(r, bench.config.metric) for r in records]
     points = results.points(of_row.points)
     line: dict[str, Any] = {
       **of_cost,
@@ -574,20 +573,6 @@ def _table(
     measurements += [results.row(base, name, line[name]) for name in _COSTS]
     table.append(results.Tested(**line))
   return table, measurements
-
-
-def _number(value: float | None) -> float:
-  return np.nan if value is None else value
-
-
-def _unreadable(bench: "_Bench") -> dict[str, str]:
-  """Returns image -> why it could not be read, of all trainings."""
-  reasons = {}
-  for pattern in ("done.json", "*_failures.json"):
-    for records in bench.kept.records(pattern).values():
-      for record in records:
-        reasons |= record.get("failures", {})
-  return reasons
 
 
 def _costs(bench: "_Bench", rows: Sequence[Row]) -> list[dict[str, float]]:
@@ -714,7 +699,7 @@ class _Bench:
       if self.kept.state(unit) == "failed" and len(records) < epochs:
         return -np.inf
       best = loop.best_epoch(records, self.config.epoch_metric)
-      values.append(_number(records[best - 1]["val"][self.config.metric]))
+      values.append(trainings.value_of(records[best - 1], self.config.metric))
     mean = float(np.mean(values))
     return mean if np.isfinite(mean) else -np.inf
 
@@ -727,10 +712,7 @@ class _Bench:
       self.kept.read(unit, "done.json") or self.kept.read(unit, "paused.json")
       for unit in units
     ]
-    values = tuple(
-      np.nan if r is None else _number(r["val"][self.config.metric])
-      for r in records
-    )
+    values = tuple(trainings.value_of(r, self.config.metric) for r in records)
     if failed := [unit for unit in units if self.kept.state(unit) == "failed"]:
       stopped = f"{len(failed)} of {len(units)} trainings failed"
     return Searched(method, stage, cut, values, stopped)
@@ -791,83 +773,30 @@ class _Bench:
       programs=self._programs.get(same),
     )
     self._programs = {same: training.programs}
-    training.failures |= _unreadable(self)
+    training.failures |= trainings.unreadable(self.kept)
     return training
 
   def settle(
     self, units: Sequence[Unit], stop_after: int | None = None
   ) -> None:
     """Sees to it that units are trained, here or by another process."""
-    units, seconds = list(dict.fromkeys(units)), []
-
-    def train(unit: Unit, stop_after: int | None) -> None:
-      left = sum(self.kept.state(u, stop_after) == "open" for u in units)
-      words = ""
-      if seconds:
-        mean = float(np.mean(seconds))
-        words = f"; {progress.duration(mean * left)} left"
-      print(
-        f"training {len(units) - left + 1} of {len(units)}: {unit.name}{words}",
-        flush=True,
-      )
-      started = time.monotonic()
-      self._train(unit, stop_after)
-      seconds.append(time.monotonic() - started)
-
-    self.kept.settle(units, train, stop_after)
+    trainings.settle(self.kept, units, self._train, stop_after)
 
   def _train(self, unit: Unit, stop_after: int | None) -> None:
     directory = self.kept.directory(unit)
-    journal = workdirs.Workdir(directory, {}, "", hosts.One())
     network = self.network(unit)
     training = self.training(unit, network)
-    try:
-      fitted = loop.fit(
-        training,
-        training.settings,
-        devices=self.devices,
-        directory=directory,
-        journal=journal,
-        stop_after=stop_after,
-      )
-    except (errors.DivergedError, jax.errors.JaxRuntimeError) as e:
-      if "RESOURCE_EXHAUSTED" not in str(e) and not isinstance(
-        e, errors.DivergedError
-      ):
-        raise
-      reason = str(e).splitlines()[0][:300]
-      print(f"{unit.name} failed: {reason}", flush=True)
-      files.write_json(directory / "failed.json", {"reason": reason})
-      return
-    epochs = loop.epochs_of(fitted.records)
-    best = epochs[fitted.epoch - 1]
-    record = {
-      "epoch": len(epochs),
-      "best_epoch": fitted.epoch,
-      "val": best["val"],
-      "seconds": sum(
-        seconds
-        for line in epochs
-        for key, seconds in line["timing"].items()
-        if key.endswith("seconds")
-      ),
-      "trained_params": training.trained_params,
-      "failures": training.failures,
-    }
-    value = record["val"][self.config.metric]
-    print(
-      f"{unit.name}: {len(epochs)} epochs,"
-      f" validation {self.config.metric} {_three_decimals(value)},"
-      f" {record['seconds']:.0f} s",
-      flush=True,
+    done = trainings.fit(
+      self.kept, unit, training, self.devices, self.config.metric, stop_after
     )
-    if not fitted.ended:
-      files.write_json(directory / "paused.json", record)
+    if done is None:
       return
+    fitted, record = done
     graph, _, _ = functional.split(network)
     best = functional.merge(graph, *jax.tree.map(jnp.asarray, fitted.numbers))
     loading.export(best, directory / "model.safetensors", self.source.card())
-    _save(directory / "val.npz", training.predict(fitted.numbers, ["val"]))
+    (outputs,) = training.predict(fitted.numbers, ["val"]).values()
+    trainings.save_outputs(directory / "val.npz", outputs)
     files.write_json(directory / "done.json", record)
 
   def trained(self, unit: Unit) -> Network:
@@ -904,20 +833,20 @@ class _Bench:
         rows, logits = rows[kept], logits[kept]
       data = self.data(unit)
       measured.append(data.outputs(self.config, rows, logits, resample=True))
-    disjoint = bool(self.config.folds)
+    tests = 1 if self.config.folds else len(units)
     if split == "val":
-      return evaluation.over_repeats(measured, disjoint=disjoint)
+      return evaluation.over_repeats(measured, tests=tests)
     val = [
       self.data(unit).outputs(self.config, *self.outputs(unit, "val"))
       for unit in units
     ]
     thresholds = self.first.thresholds
-    return evaluation.over_repeats(measured, val, thresholds, disjoint=disjoint)
+    return evaluation.over_repeats(measured, val, thresholds, tests=tests)
 
   def best(self, row: Row) -> tuple[Unit, float]:
     """Returns the best of a row's repeats, and its score, by validation."""
     records = [self.kept.done(unit) for unit in row.units]
-    values = [_number(r["val"][self.config.metric]) for r in records]
+    values = [trainings.value_of(r, self.config.metric) for r in records]
     at = int(np.argmax(np.nan_to_num(values, nan=-np.inf)))
     return row.units[at], values[at]
 
@@ -966,18 +895,5 @@ class _Bench:
         path.with_name(f"{split}_failures.json"),
         {"failures": training.failures},
       )
-      _save(path, predicted)
-    with np.load(path, allow_pickle=False) as stored:
-      return stored["rows"], stored["logits"]
-
-
-def _save(
-  path: pathlib.Path, outputs: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> None:
-  ((rows, logits),) = outputs.values()
-  with files.atomic_path(path) as temporary, open(temporary, "wb") as f:
-    np.savez(f, rows=rows, logits=logits)
-
-
-def _three_decimals(value: float | None) -> str:
-  return "undefined" if value is None else f"{value:.3f}"
+      trainings.save_outputs(path, predicted[split])
+    return trainings.load_outputs(path)

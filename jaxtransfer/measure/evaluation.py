@@ -264,13 +264,13 @@ def operate(
 
 def join_points(
   repeats: Sequence[Mapping[str, Sequence[operating.Point]]],
-  disjoint: bool = False,
+  tests: int,
 ) -> list[Operating]:
   """Joins the points of repeated trainings.
 
   Args:
     repeats: of each, as `operate` returns it.
-    disjoint: whether each repeat tests other images, as folds do.
+    tests: how often each image is tested: by all repeats, or, of folds, once.
   """
   joined = []
   for name in repeats[0]:
@@ -292,7 +292,7 @@ def join_points(
             )
             for key in points[0].values
           },
-          tuple((images.sum(0) if disjoint else images[0]).tolist()),
+          tuple((images.sum(0) // tests).tolist()),
         )
       )
   return joined
@@ -366,7 +366,7 @@ def evaluate(val: Outputs, test: Outputs, thresholds: Thresholds) -> Evaluation:
     thresholds: for what.
   """
   temperature = calibration.fit_temperature(*val.decisions())
-  points = join_points([operate(val, test, thresholds, temperature)])
+  points = join_points([operate(val, test, thresholds, temperature)], 1)
   return _evaluation({"val": val, "test": test}, temperature, points)
 
 
@@ -415,7 +415,7 @@ def validate(
       prevalence=prevalence,
       weights=test.resamples,
     )
-    points += join_points([{of.name: [point]}])
+    points += join_points([{of.name: [point]}], 1)
   return _evaluation({"test": test}, temperature, points)
 
 
@@ -525,7 +525,7 @@ def over_repeats(
   val: Sequence[Outputs] = (),
   thresholds: Thresholds | None = None,
   *,
-  disjoint: bool,
+  tests: int,
 ) -> Tested:
   """Measures a network that was trained once or several times.
 
@@ -536,7 +536,7 @@ def over_repeats(
     repeats: of each the split that is measured, with resamples.
     val: of each its validation, by which thresholds are chosen.
     thresholds: for what; None for no points.
-    disjoint: whether each repeat tests other images, as folds do.
+    tests: how often each image is tested: by all repeats, or, of folds, once.
   """
   once = [scoring.measure(of).values for of in repeats]
   resampled = [scoring.measure(of, resampled=True).values for of in repeats]
@@ -551,13 +551,7 @@ def over_repeats(
       )
       for chosen_on, outputs in zip(val, repeats, strict=True)
     ]
-  every = Outputs(
-    repeats[0].classes,
-    *(
-      np.concatenate([getattr(of, name) for of in repeats])
-      for name in ("rows", "targets", "logits")
-    ),
-  )
+  every = scoring.join(repeats)
   _, first = np.unique(every.rows, return_index=True)
   distinct = every.select(np.isin(np.arange(len(every.rows)), first))
   return Tested(
@@ -567,7 +561,7 @@ def over_repeats(
       )
       for name in metrics.OF_SCORES
     },
-    points=join_points(points, disjoint) if points else [],
+    points=join_points(points, tests) if points else [],
     missed=missed(every),
     chance=chance(every.targets, multilabel=every.classes.multilabel),
     images=Images(distinct.images(), [of.images() for of in repeats]),

@@ -109,6 +109,68 @@ class Outputs:
     return self.targets[known].astype(int), np.stack([0 * chosen, chosen], 1)
 
 
+def join(parts: Sequence[Outputs]) -> Outputs:
+  """Returns what networks of the same classes say of images, one after another.
+
+  Args:
+    parts: of each; an image of several of them stands several times.
+  """
+  resamples = [of.resamples for of in parts if of.resamples is not None]
+  rows, targets, logits = (
+    np.concatenate([getattr(of, name) for of in parts])
+    for name in ("rows", "targets", "logits")
+  )
+  return Outputs(
+    parts[0].classes,
+    rows,
+    targets,
+    logits,
+    np.concatenate(resamples, 1) if len(resamples) == len(parts) else None,
+  )
+
+
+def by_group(outputs: Outputs, groups: Sequence[str]) -> Outputs:
+  """Returns what a network says of groups of images, such as a patient's.
+
+  A group's probabilities are the means of its images'. One whose images have
+  several labels has none of its own, and is left out.
+
+  Args:
+    outputs: of one label an image; in a resample all images of a group are
+      there equally often.
+    groups: N names.
+
+  Returns:
+    Of every group, in the place of its first image, with that image's row.
+
+  Raises:
+    EmptyError: no group has a label.
+  """
+  _, first, number = np.unique(
+    np.asarray(groups), return_index=True, return_inverse=True
+  )
+  count = np.bincount(number)[:, None]
+  shares, truths = (
+    np.stack([np.bincount(number, column) for column in of.T], 1) / count
+    for of in (
+      probabilities(outputs.logits, multilabel=False),
+      np.asarray(outputs.targets, np.float64),
+    )
+  )
+  kept = np.flatnonzero(truths.max(1) == 1)
+  kept = kept[np.argsort(first[kept])]
+  first = first[kept]
+  resamples = outputs.resamples
+  return Outputs(
+    outputs.classes,
+    outputs.rows[first],
+    outputs.targets[first],
+    # Their softmax is the mean itself.
+    np.log(np.maximum(shares[kept], np.finfo(np.float64).tiny)),
+    None if resamples is None else resamples[:, first],
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
   """The metrics of one split.

@@ -21,8 +21,8 @@ def table(
   """Returns what networks do at thresholds, a row for each.
 
   Args:
-    summary: the job's summary, of it "classes", "multilabel", "prevalence"
-      and "interval".
+    summary: the job's summary, of it "classes", "multilabel", "prevalence",
+      "interval" and "unit".
     networks: a name and the points of each; one alone needs no name.
 
   Returns:
@@ -73,6 +73,8 @@ def _words(
   classes = list(dict.fromkeys(str(point.get("class")) for point in points))
   multilabel = summary.get("multilabel")
   known = [str(name) for name in summary.get("classes") or ()]
+  unit = str(summary.get("unit") or "images")
+  one = "An image" if unit == "images" else f"A {unit.removesuffix('s')}"
   rest = "its absence" if multilabel else "all other classes"
   if len(known) == 2 and not multilabel and len(classes) == 1:
     rest = ", ".join(tables.shorten(n) for n in known if n != classes[0])
@@ -82,7 +84,7 @@ def _words(
   else:
     text = f"Each class in turn is positive, {rest} negative."
   text += (
-    " An image is called positive where the probability of the class, with the"
+    f" {one} is called positive where the probability of the class, with the"
     " temperature, is at or above the threshold. Thresholds were chosen on the"
     " validation split and kept in the resamples of the test split; what they"
     " reach there may be less."
@@ -106,7 +108,7 @@ def _words(
   scores = [of for p in points for of in (p.get("test") or {}).values()]
   if any(of.get("low") == of.get("high") is not None for of in scores):
     text += (
-      " One without width is of images that were all called alike, and all"
+      f" One without width is of {unit} that were all called alike, and all"
       " resamples of them too: it does not say that others would be."
     )
   return text

@@ -276,8 +276,10 @@ def _notes(summary: Mapping[str, Any]) -> Html | None:
   if len(notes) > _LISTED:
     items.append(tag("li", f"… and {len(notes) - _LISTED:,} more."))
   if failures := summary.get("failures"):
-    images = "image" if summary.get("broken") is None else "tile"
-    images += " was" if failures == 1 else "s were"
+    unit = str(summary.get("unit") or "images")
+    images = (
+      f"{unit.removesuffix('s')} was" if failures == 1 else f"{unit} were"
+    )
     items.insert(
       0,
       tag(
@@ -332,7 +334,7 @@ def _facts(summary: Mapping[str, Any]) -> Html:
     "weights": summary.get("weights"),
     "data": summary.get("data"),
     "classes": _names(summary.get("classes")),
-    "images": _counts(summary.get("rows")),
+    str(summary.get("unit") or "images"): _counts(summary.get("rows")),
     "groups": _counts(summary.get("groups")),
     "normalisation": _normalisation(summary.get("normalisation")),
     "image size": _pixels(summary.get("image_size")),

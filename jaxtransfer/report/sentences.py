@@ -252,6 +252,52 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
   return _with_doubts(sentences, "Do not rely on it here", doubts, None)
 
 
+def of_slides(summary: Mapping[str, Any]) -> str:
+  """Returns the sentence of a `slides` run.
+
+  First what speaks against relying on it; then the encoder that is best on
+  validation, and how it compares with the best of the others.
+
+  Args:
+    summary: of results.json; of it "table", "metric", "groups" and
+      "unfinished".
+
+  Returns:
+    One to four sentences.
+  """
+  metric, table = summary["metric"], summary["table"]
+  chosen = next(row for row in table if row["chosen"])
+  others = [
+    row for row in table if row is not chosen and _mean(row, metric) is not None
+  ]
+  text = f"Features of {chosen['name']} give {_score(chosen, metric)}"
+  if (of_patients := (chosen["patients"] or {}).get(metric)) is not None:
+    text += (
+      f" for slides and {_number(of_patients, 'mean', metric, bare=True)} for"
+      f" patients"
+    )
+  sentences = [f"{text}, over {summary['repeats']}."]
+  if others:
+    best = max(others, key=lambda row: _mean(row, metric) or 0.0)
+    difference = best["against_chosen"][metric]
+    sign = _sign(difference)
+    if sign is None:
+      so = "their difference is undefined"
+    elif sign:
+      so = f"{'better' if sign > 0 else 'worse'} by {_size(difference)}"
+    else:
+      so = f"the slides cannot tell the two apart ({_signed(difference)})"
+    sentences.append(
+      f"The best of the {len(others):,} others, {best['name']}, gives"
+      f" {_score(best, metric, bare=True)}: {so}."
+      if len(others) > 1
+      else f"{best['name']} gives {_score(best, metric, bare=True)}: {so}."
+    )
+  doubts = _doubts("the network", chosen, unit="slides")
+  late = unfinished(summary["unfinished"])
+  return _with_doubts(sentences, "Do not rely on it", doubts, late)
+
+
 def of_guessing(auroc: float | None, low: float | None) -> list[str]:
   """Returns a note where a network cannot be told from guessing, for the page.
 
@@ -352,7 +398,9 @@ def _best_of_others(best: Row, metric: str) -> str:
   )
 
 
-def _doubts(name: str, row: Row, *, brief: bool = False) -> list[str]:
+def _doubts(
+  name: str, row: Row, *, brief: bool = False, unit: str = "images"
+) -> list[str]:
   """Returns what speaks against a network that it has learnt the task."""
   doubts = []
   missed = row["missed"]
@@ -363,7 +411,7 @@ def _doubts(name: str, row: Row, *, brief: bool = False) -> list[str]:
   elif missed:
     average = seeds > 1 and not brief
     who = f"{name}, on average over {seeds} seeds," if average else name
-    doubts.append(_not_found(who, missed, seeds))
+    doubts.append(_not_found(who, missed, seeds, unit))
   balanced = row["test"]["balanced_accuracy"]
   least = balanced["mean"] if balanced["low"] is None else balanced["low"]
   if least is not None and least <= row["chance"]:
@@ -375,8 +423,10 @@ def _doubts(name: str, row: Row, *, brief: bool = False) -> list[str]:
   return doubts
 
 
-def _not_found(name: str, missed: Sequence[Row], repeats: int = 1) -> str:
-  """Says of what classes a network finds hardly an image."""
+def _not_found(
+  name: str, missed: Sequence[Row], repeats: int = 1, unit: str = "images"
+) -> str:
+  """Says of what classes a network finds hardly an example."""
   parts = []
   for one in missed[:_NAMED]:
     images, hits, alarms = (
@@ -385,16 +435,16 @@ def _not_found(name: str, missed: Sequence[Row], repeats: int = 1) -> str:
     kind, instead = tables.shorten(one["class"]), one["instead"]
     if instead is True:
       parts.append(
-        f"calls {alarms:,} of {images:,} images without {kind} {kind}"
+        f"calls {alarms:,} of {images:,} {unit} without {kind} {kind}"
       )
     elif instead is False:
-      parts.append(f"finds {kind} in {hits:,} of {images:,} images with it")
+      parts.append(f"finds {kind} in {hits:,} of {images:,} {unit} with it")
     elif alarms + hits == images:
       instead = tables.shorten(instead)
-      parts.append(f"calls {alarms:,} of {images:,} {kind} images {instead}")
+      parts.append(f"calls {alarms:,} of {images:,} {kind} {unit} {instead}")
     else:
       parts.append(
-        f"finds {hits:,} of {images:,} {kind} images (calls {alarms:,}"
+        f"finds {hits:,} of {images:,} {kind} {unit} (calls {alarms:,}"
         f" {tables.shorten(instead)})"
       )
   more = len(missed) - _NAMED

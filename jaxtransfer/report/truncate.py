@@ -349,7 +349,7 @@ def pareto(summary: Mapping[str, Any]) -> Figure | None:
     The figure, or None where no network has both.
   """
   rows = summary.get("table") or []
-  names = _distinct([_name(row) for row in rows])
+  names = distinct([_name(row) for row in rows])
   tested = [_tested(row, "auroc") for row in rows]
   series = Series(
     *(
@@ -392,8 +392,12 @@ def _name(row: Mapping[str, Any]) -> str:
   return f"{name}, random"
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-  """Returns the names with a number where one stands a second time."""
+def distinct(names: Sequence[str]) -> list[str]:
+  """Returns the names with a number where one stands a second time.
+
+  Args:
+    names: for people.
+  """
   return [
     name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})"
     for i, name in enumerate(names)
@@ -479,7 +483,7 @@ def network_table(summary: Mapping[str, Any]) -> Html | None:
     rows.append(
       [
         _named(item),
-        *(_mean_and_spread(_tested(item, name)) for name in ("auroc", "auprc")),
+        *(mean_and_spread(_tested(item, name)) for name in ("auroc", "auprc")),
         _difference(item, summary),
         tables.with_note(
           _mean(item, "accuracy"),
@@ -564,8 +568,12 @@ def _difference(item: Mapping[str, Any], summary: Mapping[str, Any]) -> Html:
   return tables.with_interval(*numbers, signed=True)
 
 
-def _mean_and_spread(tested: Mapping[str, Any]) -> Html:
-  """Returns a cell: mean ± standard deviation, the interval below."""
+def mean_and_spread(tested: Mapping[str, Any]) -> Html:
+  """Returns a cell: mean ± standard deviation, the interval below.
+
+  Args:
+    tested: a `results.Score`.
+  """
   mean, spread, low, high = (
     tables.finite(tested.get(key)) for key in ("mean", "sd", "low", "high")
   )

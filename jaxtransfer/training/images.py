@@ -18,15 +18,9 @@ from jaxtransfer.measure import evaluation, scoring
 from jaxtransfer.networks import functional
 from jaxtransfer.networks.functional import Arrays
 from jaxtransfer.networks.network import Network
-from jaxtransfer.training import (
-  augment,
-  loop,
-  optimisers,
-  steps,
-)
+from jaxtransfer.training import augment, configured, optimisers, steps
 
 HEADS = ("gap", "flatten")
-CLASS_WEIGHTS = ("none", "balanced")
 BATCH_NORM = ("train", "train_per_device", "eval", "frozen")
 
 
@@ -184,30 +178,17 @@ class ImageTask:
       drop_last=True,
       shard=devices.shard,
     )
-    schedule = optimisers.Schedule(**config.schedule)
-    count = len(self.batches)
-    self.recipe = steps.Recipe(
-      optimiser=_optimiser(config),
-      schedule=schedule.multiplier(count, count // config.epochs),
-      rate=optimisers.layer_rates(
+    self.recipe = configured.recipe(
+      config,
+      len(self.batches),
+      optimisers.layer_rates(
         frozen,
         config.optimiser.backbone if backbone is None else backbone,
         norms=config.batch_norm != "frozen",
       ),
-      accumulate=config.accumulate,
-      average=config.average,
     )
-    self.settings = loop.Settings(
-      epochs=config.epochs,
-      metric=metric,
-      log_steps=config.log_steps,
-      checkpoint_steps=config.checkpoint_steps,
-      checkpoints=config.checkpoints,
-      schedule=schedule,
-      batch_size=config.batch_size,
-      examples=len(data.rows["train"]),
-      max_failures=config.data.max_failures,
-      patience=config.patience,
+    self.settings = configured.settings(
+      config, metric, len(data.rows["train"]), data.examples.unit
     )
     graph, params, statistics = functional.split(network)
     self._start = params, statistics
@@ -308,41 +289,14 @@ def check(config: ml_collections.ConfigDict, devices: parallel.Devices) -> None:
     UsageError: naming the key.
   """
   optimisers.check_one_of("network.head", config.network.head, HEADS)
-  optimisers.check_one_of(
-    "loss.class_weights", config.loss.class_weights, CLASS_WEIGHTS
-  )
   optimisers.check_range(
     "loss.label_smoothing", config.loss.label_smoothing, least=0, below=1
   )
-  for key in ("resamples", "epochs", "accumulate"):
-    optimisers.check_range(key, config[key], least=1)
-  optimisers.check_range("prevalence", config.prevalence, least=0, below=1)
-  for share in config.sensitivities:
-    optimisers.check_range("sensitivities", share, above=0, most=1)
   optimisers.check_range(
     "optimiser.backbone", config.optimiser.backbone, above=0
   )
-  optimiser = _optimiser(config)
-  if optimisers.Schedule(**config.schedule).ended(optimiser.learning_rate, []):
-    raise errors.UsageError(
-      f"config.optimiser.learning_rate is {config.optimiser.learning_rate},"
-      f" below config.schedule.floor, {config.schedule.floor}: training would"
-      " end before its first step; raise the one or lower the other"
-    )
+  configured.check(config, devices)
   augment.Augmentation(**config.augment)
-  parts = len(devices.devices) * config.accumulate
-  if config.batch_size % parts:
-    raise errors.UsageError(
-      f"config.batch_size is {config.batch_size}; it must be a multiple of"
-      f" {parts}: {len(devices.devices)} devices x config.accumulate"
-    )
-
-
-def _optimiser(config: ml_collections.ConfigDict) -> optimisers.Optimiser:
-  """Makes the optimiser; the rate of the backbone is a parameter's affair."""
-  settings = dict(config.optimiser)
-  del settings["backbone"]
-  return optimisers.Optimiser(**settings)
 
 
 class _Reported(pipeline.Batches):

@@ -28,6 +28,8 @@ from jaxtransfer.training import checkpoints, optimisers, steps
 # Steps given to the devices before one of them has ended: the devices never
 # wait, and batches do not pile up in their memory.
 _AHEAD = 2
+# Which of equally good epochs is the best.
+TIES = ("first", "last")
 
 Record = dict[str, Any]
 
@@ -125,6 +127,11 @@ class Settings:
     max_failures: share of unreadable examples that stops the run.
     patience: epochs without a better one after which training ends; 0 for
       never.
+    least_epochs: those before patience may end it.
+    ties: which of equally good epochs is the best, "first" or "last".
+    checkpoint_seconds: that lie between two checkpoints at least. Where epochs
+      take less than a checkpoint does, training again what a stop has lost is
+      sooner done.
     unit: what an example is, for the lines.
 
   Raises:
@@ -141,10 +148,15 @@ class Settings:
   examples: int
   max_failures: float
   patience: int = 0
+  least_epochs: int = 0
+  ties: str = "first"
+  checkpoint_seconds: float = 0.0
   unit: str = "images"
 
   def __post_init__(self):
-    optimisers.check_range("patience", self.patience, least=0)
+    optimisers.check_one_of("ties", self.ties, TIES)
+    for name in ("patience", "least_epochs", "checkpoint_seconds"):
+      optimisers.check_range(name, getattr(self, name), least=0)
     for name in ("epochs", "log_steps", "checkpoint_steps", "checkpoints"):
       optimisers.check_range(name, getattr(self, name), least=1)
 
@@ -251,6 +263,7 @@ class _Run:
     self._spent = 0.0
     self._began: float | None = None
     self._clock = _Clock(settings.unit)
+    self._saved = -math.inf
     self._running: collections.deque[jax.Array] = collections.deque()
     state = task.first_state()
     self._best = jax.tree.map(np.array, steps.trained_numbers(state))
@@ -301,6 +314,7 @@ class _Run:
         if self._has_ended():
           return True
         if len(epochs_of(self._records)) >= (stop_after or math.inf):
+          self.save()
           return False
         if self._preempted():
           raise inference.Stopped
@@ -314,6 +328,7 @@ class _Run:
     number = self._done + len(epochs_of(self._records))
     if number == self._store.newest:
       return
+    self._saved = time.monotonic()
     place = dict(self._batches.get_state())
     place["failures"] = inference.gather_failures(place["failures"])
     place["unreadable"] = self._unreadable
@@ -333,7 +348,8 @@ class _Run:
     inference.share_failures(batches)
     batches.add_failures(self._unreadable)
     self._task.failures |= dict(batches.failures)
-    epoch = best_epoch(self._records, self._settings.metric)
+    settings = self._settings
+    epoch = best_epoch(self._records, settings.metric, settings.ties)
     return Fitted(self._best, epoch, self._records, self._notes, ended)
 
   def _step(self) -> None:
@@ -370,10 +386,13 @@ class _Run:
     if is_logged or is_last:
       inference.share_failures(self._task.batches)
       pipeline.too_many(
-        self._task.batches.failures, settings.examples, settings.max_failures
+        self._task.batches.failures,
+        settings.examples,
+        settings.max_failures,
+        settings.unit,
       )
     if self._done % settings.checkpoint_steps == 0 and not is_last:
-      self.save()
+      self._save_if_due()
 
   def _end_epoch(self) -> None:
     """Validates, writes the epoch's line, and decides what follows."""
@@ -384,7 +403,7 @@ class _Run:
     scores, self._unreadable = self._task.validate(
       numbers, self._unreadable, self._preempted
     )
-    is_best = _is_best(self._records, scores, self._settings.metric)
+    is_best = _is_best(self._records, scores, self._settings)
     if is_best:
       self._best = jax.tree.map(np.array, jax.device_get(numbers))
     self._write(
@@ -407,9 +426,14 @@ class _Run:
       scale=self._devices.replicate(np.float32(scale)),
     )
     self._spent = 0.0
-    self.save(is_best)
+    self._save_if_due(is_best)
     self._clock = _Clock(self._settings.unit)
     self._began = time.monotonic()
+
+  def _save_if_due(self, is_best: bool = False) -> None:
+    waited = time.monotonic() - self._saved
+    if waited >= self._settings.checkpoint_seconds:
+      self.save(is_best)
 
   def _has_ended(self) -> bool:
     rate = self._task.recipe.optimiser.learning_rate
@@ -446,15 +470,22 @@ def _in_words(record: Record, settings: Settings) -> str:
   return f"epoch {record['epoch']} of {settings.epochs}, validation {scores}"
 
 
-def best_epoch(records: Sequence[Record], metric: str) -> int:
+def best_epoch(
+  records: Sequence[Record], metric: str, ties: str = "first"
+) -> int:
   """Returns the epoch, from 1, whose validation metric is best; 0 for none.
 
-  The first of equals; one without a number is never best unless all are.
+  One without a number is never best unless all are.
+
+  Args:
+    records: the lines of metrics.jsonl.
+    metric: of the validation split.
+    ties: which of equals it is, "first" or "last".
   """
   best, best_value = 0, -math.inf
   for record in epochs_of(records):
     value = _goodness(record["val"], metric)
-    if not best or value > best_value:
+    if not best or value > best_value or ties == "last" and value == best_value:
       best, best_value = record["epoch"], value
   return best
 
@@ -462,15 +493,17 @@ def best_epoch(records: Sequence[Record], metric: str) -> int:
 def _waited_enough(records: Sequence[Record], settings: Settings) -> bool:
   """Whether the last `patience` epochs brought no better one."""
   done = len(epochs_of(records))
-  best = best_epoch(records, settings.metric)
-  return 0 < settings.patience <= done - best
+  best = best_epoch(records, settings.metric, settings.ties)
+  return done > settings.least_epochs and 0 < settings.patience <= done - best
 
 
 def _is_best(
-  records: Sequence[Record], scores: Mapping[str, float], metric: str
+  records: Sequence[Record], scores: Mapping[str, float], settings: Settings
 ) -> bool:
   new = {"event": "epoch", "epoch": len(records) + 1, "val": scores}
-  return best_epoch([*records, new], metric) == new["epoch"]
+  return (
+    best_epoch([*records, new], settings.metric, settings.ties) == new["epoch"]
+  )
 
 
 def _goodness(scores: Mapping[str, float], metric: str) -> float:

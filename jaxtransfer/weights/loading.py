@@ -514,7 +514,6 @@ def export(
     OSError: the directory cannot be written or the disk is full.
     ValueError: `details` is not JSON, or holds NaN.
   """
-  path = pathlib.Path(path)
   about = {
     "network": model.name,
     "until": model.layer_names[-1],
@@ -523,9 +522,29 @@ def export(
     "final_relu": model.relu or not model.family.final_relu,
     **(details or {}),
   }
+  write(path, tensors.dump(model), about)
+
+
+def write(
+  path: str | os.PathLike[str],
+  arrays: Mapping[str, np.ndarray],
+  about: Mapping[str, Any],
+) -> None:
+  """Writes arrays as safetensors, and what is said of them beside them.
+
+  Args:
+    path: the `.safetensors` file; a JSON file of the same name is beside it.
+    arrays: by name.
+    about: for JSON; it goes into the file's header, too.
+
+  Raises:
+    OSError: the directory cannot be written or the disk is full.
+    ValueError: `about` is not JSON, or holds NaN.
+  """
+  path = pathlib.Path(path)
   # One entry: the library writes several in no fixed order, and the same
   # network must give the same bytes, whose digest is the cache's key.
   header = {"jaxtransfer": json.dumps(about, allow_nan=False)}
   with files.atomic_path(path) as temporary:
-    temporary.write_bytes(save(tensors.dump(model), metadata=header))
+    temporary.write_bytes(save(dict(arrays), metadata=header))
   files.write_json(path.with_suffix(".json"), about)

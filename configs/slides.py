@@ -34,8 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "optimiser.learning_rate": 5e-4,
     "optimiser.weight_decay": 5e-3,
     "epochs": 100,
-    "epoch_metric": "loss",
-    "ties": "first",
   },
   "clam": {
     "pooling.name": "gated_attention",

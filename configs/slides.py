@@ -77,6 +77,8 @@ def get_config(preset: str = "histotransfer") -> ml_collections.ConfigDict:
   config.data.features = ""  # folders of feature files, with commas between
   config.data.max_failures = 0.1  # share of slides that may lack features
   config.data.few_shot = 0  # train slides of each class; 0 = all
+  config.data.workers = 0  # processes that read slides; 0 = threads
+  config.data.max_pixels = 100_000_000  # of a picture decoded whole
   config.data.cache = 4.0  # GB of features kept in memory; the rest is reread
   config.batch_size = 1  # bags of a step
   config.bag_size = 0  # tiles drawn of a larger bag in training; 0 = all
@@ -100,6 +102,15 @@ def get_config(preset: str = "histotransfer") -> ml_collections.ConfigDict:
   config.pooling.attention = 32  # width of its hidden layer
   config.pooling.dropout = 0.0  # after each embedding layer
   config.pooling.attention_dropout = 0.0  # in its hidden layer
+
+  config.topk = ml_collections.ConfigDict()
+  config.topk.tiles = 0  # of each slide that train its encoder; 0 = none, or 64
+  config.topk.slides = ""  # the slides' files: a folder, CSV; "" = data.source
+  config.topk.weights = ""  # of the encoders; "" = as their files call them
+  config.topk.epochs = 20  # at most
+  config.topk.learning_rate = 1e-5  # of encoder and pooling network
+  config.topk.batch_size = 1  # slides of a step
+  config.topk.encode_batch_size = 64  # tiles at a time, when encoded again
 
   config.optimiser.learning_rate = 1e-3  # at the schedule's peak
   config.schedule.name = "constant"  # or cosine, one_cycle, plateau

@@ -1,10 +1,14 @@
 """Trainings of pooling networks: one for each encoder, pooling, fold and seed.
 
+With `topk` there is a second one for each, of the encoder, too.
+
 Each is a unit, with a directory below `units/`: it resumes, it is done once,
 and processes that share a workdir divide the units among themselves.
 """
 
+import copy
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -22,6 +26,7 @@ from jaxtransfer import (
   progress,
   results,
   trainings,
+  tuning,
 )
 from jaxtransfer.data import bags, buckets, dataset, pipeline
 from jaxtransfer.data import names as naming
@@ -31,6 +36,7 @@ from jaxtransfer.training import bags as training_bags
 from jaxtransfer.training import loop
 from jaxtransfer.units import Units
 from jaxtransfer.weights import bags as weights_bags
+from jaxtransfer.weights import loading
 
 _GIGABYTE = 1e9
 
@@ -44,18 +50,22 @@ class Unit:
     pooling: of the tiles.
     seed: which training of the fold, from 0.
     fold: which one is tested; None where there is one division.
+    top: tiles of each slide with which the encoder is trained, too; 0 where it
+      stays as it is.
   """
 
   encoder: str
   pooling: str
   seed: int
   fold: int | None
+  top: int = 0
 
   @property
   def name(self) -> str:
     """Its directory's name."""
     fold = "" if self.fold is None else f"-fold{self.fold}"
-    return f"{self.encoder}-{self.pooling}{fold}-seed{self.seed}"
+    top = f"-top{self.top}" if self.top else ""
+    return f"{self.encoder}-{self.pooling}{top}{fold}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +81,11 @@ class Row:
   encoder: int
   name: str
   units: tuple[Unit, ...]
+
+  @property
+  def top(self) -> int:
+    """Tiles of each slide with which the encoder was trained; 0 for none."""
+    return self.units[0].top
 
   def of_seed(self, seed: int) -> list[Unit]:
     """Returns the units of one seed, which test every slide once."""
@@ -95,20 +110,25 @@ class Bench:
     self.store = buckets.Store(self.bags, config.data.cache * _GIGABYTE)
     self.unreadable = dict(self.bags.failures)
     self._programs: dict[Any, training_bags.Programs] = {}
+    self._encoded: dict[Unit, tuple[bags.Encoder, dict[str, str]]] = {}
+    self.tuning = None
+    if config.topk.tiles:
+      self.tuning = tuning.Tuning(config, self.bags, devices)
     folds = range(config.folds) if config.folds else [None]
-    several = len(poolings) > 1
+    several = "-{}" * (len(poolings) > 1)
     self.rows = [
       Row(
         number,
-        f"{encoder.name}-{name}" if several else encoder.name,
+        encoder.name + several.format(name) + (f"-top{top}" if top else ""),
         tuple(
-          Unit(encoder.name, name, seed, fold)
+          Unit(encoder.name, name, seed, fold, top)
           for seed in range(config.seeds)
           for fold in folds
         ),
       )
       for number, encoder in enumerate(self.bags.encoders)
       for name in poolings
+      for top in dict.fromkeys((0, config.topk.tiles))
     ]
 
   @property
@@ -171,14 +191,48 @@ class Bench:
 
   def settle(self) -> None:
     """Sees to it that all units are trained, here or by another process."""
-    trainings.settle(self.kept, self.units, self._train)
+    if self.tuning is not None:
+      self.tuning.check()
+    for of, train in ((False, self._train), (True, self._tune)):
+      units = [unit for unit in self.units if bool(unit.top) == of]
+      trainings.settle(self.kept, units, train)
+
+  def number(self, unit: Unit) -> int:
+    """Returns the place of a unit's encoder among the encoders."""
+    return [of.name for of in self.bags.encoders].index(unit.encoder)
+
+  def features(self, unit: Unit) -> buckets.Features:
+    """Returns what a unit's pooling network reads.
+
+    Of a trained encoder those of the slides that are validated and tested,
+    which are encoded where they are not yet.
+    """
+    number = self.number(unit)
+    if not unit.top:
+      self.store.only(number)
+      return buckets.Features(self.store, number, self.bags.encoders[number])
+    assert self.tuning is not None
+    if unit not in self._encoded:
+      rows = self.data(unit).rows
+      directory = self.kept.directory(unit)
+      self._encoded[unit] = self.tuning.encode(
+        number,
+        directory / "encoder.safetensors",
+        np.concatenate([rows["val"], rows["test"]]),
+        directory,
+      )
+    encoder, _ = self._encoded[unit]
+    source = copy.copy(self.bags)
+    source.encoders = [encoder]
+    return buckets.Features(buckets.Store(source, 0), 0, encoder)
 
   def training(self, unit: Unit) -> training_bags.BagTask:
-    """Returns a unit's training, at its beginning."""
+    """Returns a unit's training of the pooling network, at its beginning.
+
+    Of a unit whose encoder is trained, what it ended with is to be read by it.
+    """
     config, data = self.config, self.data(unit)
-    number = [of.name for of in self.bags.encoders].index(unit.encoder)
-    encoder = self.bags.encoders[number]
-    self.store.only(number)
+    encoder = self.bags.encoders[self.number(unit)]
     network = pooling.BagNetwork(
       encoder.channels,
       len(data.names),
@@ -199,8 +253,7 @@ class Bench:
     training = training_bags.BagTask(
       config,
       data,
-      self.store,
-      number,
+      self.features(unit),
       network,
       self.devices,
       seed=seed,
@@ -227,6 +280,97 @@ class Bench:
     )
     files.write_json(directory / "done.json", record)
 
+  def beginning(self, unit: Unit) -> training_bags.BagTask:
+    """Returns a training to be measured: of an encoder on any tiles."""
+    if not unit.top:
+      return self.training(unit)
+    assert self.tuning is not None
+    number, data = self.number(unit), self.data(unit)
+    first = self.training(dataclasses.replace(unit, top=0))
+    held = self.bags.encoders[number].tiles
+    chosen = {
+      row: np.arange(min(unit.top, held[row]))
+      for split in ("train", "val")
+      for row in data.rows[split].tolist()
+    }
+    params, statistics = first.first_state().params, {}
+    head = first.merged((params, statistics))
+    return self.tuning.task(number, chosen, data, head, 0, None)
+
+  def tuned(self, unit: Unit) -> training_bags.BagTask:
+    """Returns the training of a unit's encoder, at its beginning.
+
+    Its tiles are chosen by the first stage, which is done.
+    """
+    assert self.tuning is not None
+    first = dataclasses.replace(unit, top=0)
+    numbers = self.numbers(first)
+    chosen = self.tuning.choose(
+      self.kept.directory(unit) / "tiles.json",
+      self.training(first),
+      numbers,
+      ("train", "val"),
+    )
+    head, _ = weights_bags.load(
+      self.kept.directory(first) / "model.safetensors",
+      jnp.dtype(self.config.dtype),
+    )
+    same = unit.encoder, unit.pooling, unit.top
+    task = self.tuning.task(
+      self.number(unit),
+      chosen,
+      self.data(unit),
+      head,
+      self.config.seed + unit.seed,
+      self._programs.get(same),
+    )
+    self._programs[same] = task.programs
+    return task
+
+  def _tune(self, unit: Unit, stop_after: int | None) -> None:
+    assert self.tuning is not None
+    directory = self.kept.directory(unit)
+    first = dataclasses.replace(unit, top=0)
+    if self.kept.state(first) == "failed":
+      reason = f"its first stage, {first.name}, has failed"
+      files.write_json(directory / "failed.json", {"reason": reason})
+      return
+    ended = directory / "ended.json"
+    if not ended.exists():
+      training = self.tuned(unit)
+      done = trainings.fit(
+        self.kept,
+        unit,
+        training,
+        self.devices,
+        self.config.metric,
+        stop_after,
+      )
+      if done is None:
+        return
+      fitted, record = done
+      network = training.merged(fitted.numbers)
+      self.tuning.export(
+        self.number(unit), network, directory / "encoder.safetensors"
+      )
+      weights_bags.export(network.bags, directory / "model.safetensors", {})
+      # Trained: what is left is to encode, which resumes for itself.
+      files.write_json(ended, record)
+    record = json.loads(ended.read_text(encoding="utf-8"))
+    task = self.training(unit)
+    numbers = self.numbers(unit)
+    outputs = task.predict(numbers, ["val"])["val"]
+    trainings.save_outputs(directory / "val.npz", outputs)
+    weights_bags.export(
+      task.merged(numbers), directory / "model.safetensors", self.card(unit)
+    )
+    # What is chosen by has all tiles, as what is tested.
+    val = scoring.measure(self._validated(unit)).flat()
+    record["val"] = files.finite({**record["val"], **val})
+    _, failures = self._encoded[unit]
+    record["failures"] = {**record["failures"], **failures, **task.failures}
+    files.write_json(directory / "done.json", record)
+
   def card(self, unit: Unit) -> dict[str, Any]:
     """Returns what a user of a unit's network must know."""
     data = self.data(unit)
@@ -235,6 +379,7 @@ class Bench:
     return {
       "classes": data.names,
       "encoder": {"name": encoder.name, **encoder.attributes},
+      "tuned_with_tiles": unit.top,
       "temperature": calibration.fit_temperature(*val.decisions()),
       "fold": unit.fold,
       "seed": unit.seed,
@@ -301,7 +446,7 @@ class Bench:
       "network": network,
       "weights": weights,
       "tap": cut,
-      "probe": row.units[0].pooling,
+      "probe": row.units[0].pooling + (f":top{row.top}" if row.top else ""),
     }
 
   def _measured(
@@ -436,6 +581,11 @@ class Bench:
         },
       },
     )
+    if row.top:
+      loading.copy_export(
+        self.kept.directory(best) / "encoder.safetensors",
+        self.path / "export" / "encoder.safetensors",
+      )
     return {
       "seed": row.units.index(best),
       "cut": row.name,
@@ -462,9 +612,10 @@ class Bench:
           self.card(unit),
           self.training(unit),
         )
+        features = self.features(unit)
         temperature = card["temperature"]
         for slide in task.read(self.numbers(unit), "test"):
-          file = self.store.read(slide.row, row.encoder)
+          file = features.file(slide.row)
           about = card | {
             "encoder": encoder.name,
             "pooling": unit.pooling,

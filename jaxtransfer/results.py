@@ -652,6 +652,8 @@ class Pooled(TypedDict):
     name: for people.
     encoder: what its folder is called.
     pooling: of the tiles.
+    top: tiles of each slide with which the encoder was trained; 0 where it was
+      not.
     network: that made the features; null where the files do not say.
     weights: its weights, likewise.
     tap: the layer that was read, likewise.
@@ -677,6 +679,7 @@ class Pooled(TypedDict):
   name: str
   encoder: str
   pooling: str
+  top: int
   network: str | None
   weights: str | None
   tap: str | None

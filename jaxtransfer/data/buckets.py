@@ -5,7 +5,7 @@ as they fit, and read ahead of whoever takes the batches.
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
@@ -134,6 +134,58 @@ class Store:
       self._kept, self._used = mine, held
 
 
+class Source(Protocol):
+  """What the bags of N slides hold for a network.
+
+  Attributes:
+    tiles: (N,) int64, of each slide.
+    channels: numbers of a tile.
+    dtype: of them.
+  """
+
+  tiles: np.ndarray
+  channels: int
+  dtype: np.dtype
+
+  def read(self, row: int) -> np.ndarray:
+    """Returns (tiles, channels) of a slide.
+
+    Raises:
+      ImageError: it cannot be used, and why.
+    """
+
+
+class Features:
+  """The features that one encoder made of slides; a `Source`.
+
+  Args:
+    store: where they are kept.
+    encoder: its number.
+    of: the encoder.
+
+  Attributes:
+    tiles: as of `Source`, like the others.
+    channels: of a tile.
+    dtype: of the features.
+  """
+
+  def __init__(self, store: Store, encoder: int, of: bags.Encoder):
+    self._store, self._encoder = store, encoder
+    self.tiles, self.channels, self.dtype = of.tiles, of.channels, of.dtype
+
+  def file(self, row: int) -> feature_files.FeatureFile:
+    """Returns a slide's features with what their file says.
+
+    Raises:
+      ImageError: they cannot be used, and why.
+    """
+    return self._store.read(row, self._encoder)
+
+  def read(self, row: int) -> np.ndarray:
+    """Returns the features; see `Source`."""
+    return self.file(row).features
+
+
 class Batches:
   """Batches of bags in a fixed order, read ahead; a `pipeline.Source`.
 
@@ -147,29 +199,24 @@ class Batches:
   - mask: (B,) bool, False where there is no bag or it could not be read
 
   Args:
-    read: row -> (tiles, channels).
+    source: what the bags hold.
     plan: which slides make each batch, a `Training` or an `Evaluation`.
     names: of all slides.
     labels: (N,) int32, of all slides.
     weights: (C,) float32, what a bag of each class counts in the loss.
-    channels: of the features.
-    dtype: likewise.
   """
 
   def __init__(
     self,
-    read: Callable[[int], np.ndarray],
+    source: Source,
     plan: "Plan",
     *,
     names: Sequence[str],
     labels: np.ndarray,
     weights: np.ndarray,
-    channels: int,
-    dtype: np.dtype,
   ):
-    self._read, self._plan = read, plan
+    self._source, self._plan = source, plan
     self._names, self._labels, self._weights = names, labels, weights
-    self._channels, self._dtype = channels, dtype
     self._next = 0
     self._unreadable: dict[int, str] = {}
     self._pool: futures.ThreadPoolExecutor | None = None
@@ -245,7 +292,9 @@ class Batches:
     rows, count, length, epoch = self._plan[index]
     batch = {
       # Not made as zeros: most of it is written once.
-      "features": np.empty((count, length, self._channels), self._dtype),
+      "features": np.empty(
+        (count, length, self._source.channels), self._source.dtype
+      ),
       "tiles": np.zeros(count, np.int32),
       "row": np.full(count, -1, np.int32),
       "label": np.full(count, -1, np.int32),
@@ -257,7 +306,7 @@ class Batches:
     failures = {}
     for i, row in enumerate(rows.tolist()):
       try:
-        features = self._read(row)
+        features = self._source.read(row)
       except ImageError as e:
         failures[row] = str(e)
         continue

@@ -27,6 +27,7 @@ from jaxtransfer import (
   preview,
   results,
   trainings,
+  tuning,
 )
 from jaxtransfer import workdir as workdirs
 from jaxtransfer.data import buckets, dataset, pipeline
@@ -120,6 +121,7 @@ def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   for key in ("dropout", "attention_dropout"):
     share = config.pooling[key]
     optimisers.check_range(f"pooling.{key}", share, least=0, below=1)
+  tuning.check(config, names)
   return tuple(dict.fromkeys(names))
 
 
@@ -131,7 +133,7 @@ def _preview(bench: pooled.Bench) -> int:
   # Of another width an encoder has another program, and its own speed.
   for row in bench.rows:
     unit = row.units[0]
-    training = bench.training(unit)
+    training = bench.beginning(unit)
     kept = preview.bytes_of_training(training)
     judged = len(bench.data(unit).rows["val"])
     speed, once = preview.of_training(training, bench.devices, judged)
@@ -139,6 +141,17 @@ def _preview(bench: pooled.Bench) -> int:
     times = preview.Time(
       once.low * count, once.high * count + speed.compiling * buckets.MOST
     )
+    if row.top:
+      # A step goes there and back through these tiles; then all go through.
+      data = bench.data(unit)
+      held = bench.bags.encoders[row.encoder].tiles
+      tiles = held[np.concatenate([data.rows["val"], data.rows["test"]])].sum()
+      share = tiles / row.top / config.topk.batch_size * count
+      times = times + preview.Time(
+        share * speed.computing.low / 3, share * speed.computing.high / 2
+      )
+      encoder = bench.bags.encoders[row.encoder]
+      size += float(tiles) * encoder.channels * encoder.dtype.itemsize * count
     seconds = times if seconds is None else seconds + times
     size += 4 * training.trained_params * count + kept
     if config.tile_scores:
@@ -289,6 +302,7 @@ def _table(
       "name": row.name,
       "encoder": encoder.name,
       "pooling": row.units[0].pooling,
+      "top": row.top,
       **{key: encoder.attributes.get(key) for key in ("network", "weights")},
       "tap": encoder.attributes.get("cut"),
       "channels": encoder.channels,

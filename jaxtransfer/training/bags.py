@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtransfer import inference, parallel
-from jaxtransfer.data import bags, buckets, pipeline
+from jaxtransfer.data import buckets, pipeline
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.measure import scoring
 from jaxtransfer.networks import functional, pooling
@@ -33,7 +33,7 @@ class Objective:
     loss: what is made small, all classes counting the same.
   """
 
-  graph: nnx.GraphDef[pooling.BagNetwork]
+  graph: nnx.GraphDef[Any]
   loss: steps.Loss
 
   @property
@@ -127,9 +127,9 @@ class BagTask:
     config: the whole config; of it the keys of `configuration.optimisation`,
       `bag_size`, `sampling` and `metric`.
     data: the slides and their division; its examples are `bags.Bags`.
-    store: their features.
-    encoder: whose, by its place in `examples.encoders`.
-    network: as training begins; it is not changed.
+    source: what their bags hold.
+    network: as training begins, a `pooling.BagNetwork` or one that is called
+      and read like it; it is not changed.
     devices: where.
     seed: decides the order of the slides and what is random in the steps.
     programs: of a task with the same network and encoder's type of numbers, so
@@ -151,9 +151,8 @@ class BagTask:
     self,
     config: ml_collections.ConfigDict,
     data: Dataset,
-    store: buckets.Store,
-    encoder: int,
-    network: pooling.BagNetwork,
+    source: buckets.Source,
+    network: Any,
     devices: parallel.Devices,
     *,
     seed: int,
@@ -162,8 +161,7 @@ class BagTask:
     check(config, devices)
     self.config = config
     self._data = data
-    self._store = store
-    self._encoder = encoder
+    self._source = source
     self._devices = devices
     self._seed = seed
     self.failures: dict[str, str] = {}
@@ -171,7 +169,7 @@ class BagTask:
     self.batches = self._batches(
       buckets.Training(
         data.rows["train"],
-        self._of.tiles,
+        source.tiles,
         batch_size=config.batch_size,
         epochs=config.epochs,
         seed=seed,
@@ -196,13 +194,9 @@ class BagTask:
     )
     self.programs = programs or Programs(
       devices.compile_step(steps.make_step(self._objective, self.recipe)),
-      devices.compile(_compute(graph, pooling.BagNetwork.__call__)),
-      devices.compile(_compute(graph, pooling.BagNetwork.read)),
+      devices.compile(_compute(graph, type(network).__call__)),
+      devices.compile(_compute(graph, type(network).read)),
     )
-
-  @property
-  def _of(self) -> bags.Encoder:
-    return cast(bags.Bags, self._data.examples).encoders[self._encoder]
 
   @property
   def trained_params(self) -> int:
@@ -215,7 +209,7 @@ class BagTask:
       self._objective, self.recipe, *self._start, self._seed
     )
 
-  def merged(self, numbers: functional.Numbers) -> pooling.BagNetwork:
+  def merged(self, numbers: functional.Numbers) -> Any:
     """Returns the network with other numbers.
 
     Args:
@@ -278,7 +272,7 @@ class BagTask:
     with self._batches(self._evaluation(split)) as batches:
       for row, mask, values in self._pass(self.programs.read, numbers, batches):
         for i in np.flatnonzero(mask).tolist():
-          tiles = int(self._of.tiles[row[i]])
+          tiles = int(self._source.tiles[row[i]])
           yield Slide(
             int(row[i]),
             values.logits[i],
@@ -314,24 +308,22 @@ class BagTask:
 
   def _evaluation(self, split: str) -> buckets.Evaluation:
     return buckets.Evaluation(
-      self._data.rows[split], self._of.tiles, len(self._devices.devices)
+      self._data.rows[split], self._source.tiles, len(self._devices.devices)
     )
 
   def _batches(self, plan: buckets.Plan) -> buckets.Batches:
     return buckets.Batches(
-      lambda row: self._store.read(row, self._encoder).features,
+      self._source,
       plan,
       names=self._data.examples.names,
       labels=self._data.examples.labels,
       weights=self._data.class_weights(self.config.loss.class_weights),
-      channels=self._of.channels,
-      dtype=self._of.dtype,
     )
 
 
 def _compute(
-  graph: nnx.GraphDef[pooling.BagNetwork],
-  function: Callable[[pooling.BagNetwork, jax.Array, jax.Array], Any],
+  graph: nnx.GraphDef[Any],
+  function: Callable[[Any, jax.Array, jax.Array], Any],
 ) -> Callable[[functional.Numbers, tuple[jax.Array, jax.Array]], Any]:
   def compute(
     numbers: functional.Numbers, inputs: tuple[jax.Array, jax.Array]

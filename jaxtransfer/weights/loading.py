@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -200,6 +201,23 @@ def _source_of_row(row: catalog.Row, path: pathlib.Path, prefix: str) -> Source:
     row.licence,
     prefix=prefix,
   )
+
+
+def copy_export(
+  path: str | os.PathLike[str], to: str | os.PathLike[str]
+) -> None:
+  """Copies a file that `export` wrote, and the JSON file beside it.
+
+  Args:
+    path: the `.safetensors` file.
+    to: where it is to be; both appear whole or not at all.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  for suffix in (".safetensors", ".json"):
+    with files.atomic_path(pathlib.Path(to).with_suffix(suffix)) as temporary:
+      shutil.copyfile(pathlib.Path(path).with_suffix(suffix), temporary)
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from jaxtransfer.data import images
 
 # Whatever Otsu says, of 255: below is the noise of a white background, as on a
 # slide with nothing on it, above is stain, as on a slide with nothing else.
-LEAST, MOST = 10, 60
+LEAST, MOST = 10, 40
 # A darker pixel has no colour to speak of.
 _BLACK = 50
 # A slide with more of these than that is no stain on white.

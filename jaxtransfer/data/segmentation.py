@@ -60,7 +60,7 @@ class Settings:
   threshold: int = 0
   median: float = 24.0
   closing: float = 24.0
-  min_area: float = 0.05
+  min_area: float = 0.02
   max_hole: float = 0.01
   pen: bool = False
 

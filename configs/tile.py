@@ -14,9 +14,16 @@ saved or looked at for blur.
 
 import ml_collections
 
+from jaxtransfer import errors
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the job's config."""
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+  """Returns the job's config, which has no network."""
+  if argument:
+    raise errors.UsageError(
+      f"--config=tile:{argument}: no network looks at slides to tile them;"
+      " leave what follows the colon out, and give it to extract"
+    )
   config = ml_collections.ConfigDict()
   config.job = "tile"
   config.tile = 256  # side of a tile in its own pixels

@@ -344,7 +344,7 @@ def test_processes_share_slides_and_one_may_be_killed(tmp_path):
   config = _config(tmp_path / "slides", save_tiles=True)
   assert _run(config, tmp_path / "alone") == 0
   rng = np.random.default_rng(0)
-  for number in range(5):
+  for number in range(3):
     run = tmp_path / f"run{number}"
     processes = [_start(config, run) for _ in range(3)]
     until = time.monotonic() + 120

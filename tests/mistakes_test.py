@@ -156,7 +156,7 @@ def test_names_of_other_tools_stand_for_keys_that_there_are():
 
 
 def _flat(name):
-  return mistakes.configuration.flat(configs.load(name, "resnet18"))
+  return mistakes.configuration.flat(configs.load(name))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_value_that_was_forgotten_is_not_the_next_flag(monkeypatch):
     ("layers.py", "did you mean --config=layers?"),
     ("configs/layer.py", "did you mean --config=configs/layers.py?"),
     ("elsewhere/layers.py", "did you mean --config=layers?"),
-    ("resnet50", f"own are {', '.join(configuration.packaged())}"),
+    ("resnet50", f"own are {', '.join(configuration.packaged())}, as in"),
     ("configs", "as in --config=layers:resnet50"),
     ("", "there is no file ''"),
     ("/no/such.py", "there is no file '/no/such.py'"),

@@ -303,7 +303,7 @@ class _Work:
     plan, row = self.plan, unit.row
     with self.slides.open(row, plan.default_mpp) as slide:
       tiled = self.tiled(slide, row)
-      picture = slide.thumbnail(min(_OVERLAY, max(slide.width, slide.height)))
+      picture = _picture(slide, tiled)
     kept, failures = tiled, []
     if plan.save_tiles or plan.min_sharpness:
       kept, failures = self._looked_at(unit, slide, tiled)
@@ -448,6 +448,14 @@ def _size(path: pathlib.Path) -> int:
     return path.stat().st_size
   except OSError:
     return 0
+
+
+def _picture(slide: slides.Slide, tiled: tiling.Tiled) -> np.ndarray:
+  """Returns a slide made small, and smaller where it is damaged."""
+  try:
+    return slide.thumbnail(min(_OVERLAY, max(slide.width, slide.height)))
+  except slides.SlideError:
+    return tiled.picture
 
 
 def _each_tile(

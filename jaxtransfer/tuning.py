@@ -271,8 +271,8 @@ class Tuning:
           or np.abs(made - stored).max() > _CLOSE * np.abs(stored).max()
         ):
           raise errors.UsageError(
-            f"{of.network.name} with the weights {of.source.label} does not make"
-            f" the features in {of.encoder.folder} out of"
+            f"{of.network.name} with the weights {of.source.label} does not"
+            f" make the features in {of.encoder.folder} out of"
             f" {self._paths[self._bags.names[row]]}: other weights"
             " (config.topk.weights), another seed of random ones, or other"
             " slides (config.topk.slides)"

@@ -16,7 +16,13 @@ import ml_collections
 import numpy as np
 
 from jaxtransfer import progress
-from jaxtransfer.data import feature_files, manifests, pipeline, sources
+from jaxtransfer.data import (
+  feature_files,
+  manifests,
+  pipeline,
+  sources,
+  synthetic_slides,
+)
 from jaxtransfer.data import names as naming
 from jaxtransfer.data.images import ImageError
 from jaxtransfer.errors import MissingSourceError, UsageError
@@ -224,6 +230,8 @@ def _read_table(source: str) -> _Table:
       " label and, optionally, group (patient) and split"
     )
   path = pathlib.Path(source).expanduser()
+  if source.partition(":")[0] == "synthetic":
+    path = synthetic_slides.cached(source)
   if not path.is_file():
     kind = "is a folder" if path.is_dir() else "does not exist"
     raise MissingSourceError(

@@ -303,14 +303,13 @@ class _Work:
     plan, row = self.plan, unit.row
     with self.slides.open(row, plan.default_mpp) as slide:
       tiled = self.tiled(slide, row)
-      picture = _picture(slide, tiled)
     kept, failures = tiled, []
     if plan.save_tiles or plan.min_sharpness:
       kept, failures = self._looked_at(unit, slide, tiled)
     segmentation.write_geojson(
       self.path / "tissue" / f"{unit.name}.geojson", tiled.polygons()
     )
-    drawn = tiling.overlay(picture, (slide.width, slide.height), kept)
+    drawn = tiling.overlay((slide.width, slide.height), kept, _OVERLAY)
     with files.atomic_path(
       self.path / "overlays" / f"{unit.name}.jpg"
     ) as temporary:
@@ -348,7 +347,9 @@ class _Work:
     """Finds the tiles of an open slide."""
     plan, mask = self.plan, self.slides.masks[row]
     try:
-      return tiling.cut(slide, plan.grid, plan.settings, plan.mask_mpp, mask)
+      return tiling.cut(
+        slide, plan.grid, plan.settings, plan.mask_mpp, mask, _OVERLAY
+      )
     except segmentation.MaskError as e:
       raise segmentation.MaskError(f"mask {mask}: {e}") from None
 
@@ -448,14 +449,6 @@ def _size(path: pathlib.Path) -> int:
     return path.stat().st_size
   except OSError:
     return 0
-
-
-def _picture(slide: slides.Slide, tiled: tiling.Tiled) -> np.ndarray:
-  """Returns a slide made small, and smaller where it is damaged."""
-  try:
-    return slide.thumbnail(min(_OVERLAY, max(slide.width, slide.height)))
-  except slides.SlideError:
-    return tiled.picture
 
 
 def _each_tile(

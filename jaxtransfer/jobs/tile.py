@@ -117,8 +117,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   begun = results.Run(**workdir.begin(f"{pipeline.processors()} processors"))
   grid = plan.grid
   print(
-    f"{len(of_slides):,} slides; tiles of {grid.tile} px at {grid.mpp:g} um/px,"
-    f" {grid.tile * grid.mpp:g} um",
+    f"{len(of_slides):,} slide{'s' * (len(of_slides) != 1)}; tiles of"
+    f" {grid.tile} px at {grid.mpp:g} um/px, {grid.tile * grid.mpp:g} um",
     flush=True,
   )
   for note in of_slides.notes:

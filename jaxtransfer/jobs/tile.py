@@ -10,10 +10,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -117,8 +115,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   begun = results.Run(**workdir.begin(f"{pipeline.processors()} processors"))
   grid = plan.grid
   print(
-    f"{len(of_slides):,} slides; tiles of {grid.tile} px at {grid.mpp:g} um/px,"
-    f" {grid.tile * grid.mpp:g} um",
+    f"{len(of_slides):,} slide{'s' * (len(of_slides) != 1)}; tiles of"
+    f" {grid.tile} px at {grid.mpp:g} um/px, {grid.tile * grid.mpp:g} um",
     flush=True,
   )
   for note in of_slides.notes:
@@ -303,14 +301,13 @@ class _Work:
     plan, row = self.plan, unit.row
     with self.slides.open(row, plan.default_mpp) as slide:
       tiled = self.tiled(slide, row)
-      picture = _picture(slide, tiled)
     kept, failures = tiled, []
     if plan.save_tiles or plan.min_sharpness:
       kept, failures = self._looked_at(unit, slide, tiled)
     segmentation.write_geojson(
       self.path / "tissue" / f"{unit.name}.geojson", tiled.polygons()
     )
-    drawn = tiling.overlay(picture, (slide.width, slide.height), kept)
+    drawn = tiling.overlay((slide.width, slide.height), kept, _OVERLAY)
     with files.atomic_path(
       self.path / "overlays" / f"{unit.name}.jpg"
     ) as temporary:
@@ -348,7 +345,9 @@ class _Work:
     """Finds the tiles of an open slide."""
     plan, mask = self.plan, self.slides.masks[row]
     try:
-      return tiling.cut(slide, plan.grid, plan.settings, plan.mask_mpp, mask)
+      return tiling.cut(
+        slide, plan.grid, plan.settings, plan.mask_mpp, mask, _OVERLAY
+      )
     except segmentation.MaskError as e:
       raise segmentation.MaskError(f"mask {mask}: {e}") from None
 
@@ -372,7 +371,7 @@ class _Work:
     if plan.save_tiles:
       whole = files.atomic_directory(folder)
     with whole as temporary:
-      found = _each_tile(
+      found = tiling.each_tile(
         lambda: self.slides.open(unit.row, plan.default_mpp),
         tiled,
         plan.grid.tile,
@@ -448,59 +447,6 @@ def _size(path: pathlib.Path) -> int:
     return path.stat().st_size
   except OSError:
     return 0
-
-
-def _picture(slide: slides.Slide, tiled: tiling.Tiled) -> np.ndarray:
-  """Returns a slide made small, and smaller where it is damaged."""
-  try:
-    return slide.thumbnail(min(_OVERLAY, max(slide.width, slide.height)))
-  except slides.SlideError:
-    return tiled.picture
-
-
-def _each_tile(
-  open_slide: Callable[[], slides.Slide],
-  tiled: tiling.Tiled,
-  size: int,
-  look: Callable[[np.ndarray, int], bool],
-  readers: int,
-) -> list[bool | str]:
-  """Reads all tiles of a slide, in threads that have a handle each.
-
-  Args:
-    open_slide: opens it.
-    tiled: the tiles.
-    size: of each, pixels.
-    look: does something with a tile, (size, size, 3) uint8, and its number.
-    readers: how many threads.
-
-  Returns:
-    What `look` returned for each, or why it cannot be read.
-  """
-  coords = tiled.coords.tolist()
-  found: list[bool | str] = [""] * len(coords)
-  stopped = threading.Event()
-
-  def read(tiles: Sequence[int]) -> None:
-    with open_slide() as slide:
-      for i in tiles:
-        if stopped.is_set():
-          return
-        x, y = coords[i]
-        try:
-          found[i] = look(slide.region(x, y, tiled.extent, size), i)
-        except slides.SlideError as e:
-          found[i] = str(e)
-
-  # Neighbours are read by one, who has decoded what they share.
-  parts = [p for p in np.array_split(np.arange(len(coords)), readers) if len(p)]
-  with futures.ThreadPoolExecutor(readers) as pool:
-    try:
-      for done in [pool.submit(read, part.tolist()) for part in parts]:
-        done.result()
-    finally:
-      stopped.set()
-  return found
 
 
 # --- what is left ------------------------------------------------------------

@@ -121,9 +121,13 @@ def test_a_slide_without_resolution_is_not_cut(tmp_path):
 
 def test_an_overlay_marks_tiles_and_tissue(slide):
   cut = tiling.cut(slide, Grid(128, 1.0), segmentation.Settings(), 8.0)
-  picture = slide.thumbnail(256)
-  drawn = tiling.overlay(picture, (slide.width, slide.height), cut)
-  changed = (drawn != picture).any(-1)
+  assert cut.picture.shape == (128, 128, 3)
+  cut = tiling.cut(
+    slide, Grid(128, 1.0), segmentation.Settings(), 8.0, shown=256
+  )
+  assert cut.picture.shape == (256, 256, 3) and cut.mask.shape == (128, 128)
+  drawn = tiling.overlay((slide.width, slide.height), cut, 256)
+  changed = (drawn != cut.picture).any(-1)
   assert changed[:, 32].mean() > 0.9  # between the first tiles
   assert changed[:, 102:105].any()  # where tissue ends
   assert not changed[:, 130:].any()

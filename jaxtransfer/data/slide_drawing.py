@@ -138,7 +138,7 @@ class _Grid(NamedTuple):
     """Returns (n, n) float32 as deep outside of everything as can be."""
     return np.full((len(self.y), len(self.x)), -1e3, np.float32)
 
-  def index(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+  def nearest(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
     """Returns the nodes nearest to places, as indices of rows and columns."""
     step = self.x[1] - self.x[0]
     column = np.rint((x - self.x[0]) / step).astype(np.int64)
@@ -616,7 +616,7 @@ class DrawnSlide:
       glands.a[of] * rho * z.real, glands.b[of] * rho * z.imag, glands.angle[of]
     )
     x, y = glands.x[of] + dx, glands.y[of] + dy
-    kept = _within(x, y, grid) & (tissue[grid.index(x, y)] > 2)
+    kept = _within(x, y, grid) & (tissue[grid.nearest(x, y)] > 2)
     u = u[:, kept]
     lean = np.arctan2(dy, dx)[kept] + 0.5 * (u[13] - 0.5)
     return self._nuclei(
@@ -636,7 +636,7 @@ class DrawnSlide:
   ) -> list[Nuclei]:
     """Spindle cells along the fibres, one in four a round lymphocyte."""
     x, y, u = self._scattered(grid, _STROMA, 22, 0.34)
-    place = grid.index(x, y)
+    place = grid.nearest(x, y)
     kept = (tissue[place] > 3) & (other[place] < -2.5)
     x, y, u = x[kept], y[kept], u[:, kept]
     round_ = u[10] < 0.25
@@ -655,7 +655,7 @@ class DrawnSlide:
     if follicle.max() < 0:
       return []
     x, y, u = self._scattered(grid, _FOLLICLE, 23, 0.95)
-    place = grid.index(x, y)
+    place = grid.nearest(x, y)
     kept = (tissue[place] > 3) & (follicle[place] > 2 * u[10])
     x, y, u = x[kept], y[kept], u[:, kept]
     return self._nuclei(
@@ -669,7 +669,7 @@ class DrawnSlide:
     if lesion.max() < 0:
       return []
     x, y, u = self._scattered(grid, _LESION, 24, 0.95)
-    place = grid.index(x, y)
+    place = grid.nearest(x, y)
     kept = (tissue[place] > 4) & (lesion[place] > 1)
     x, y, u = x[kept], y[kept], u[:, kept]
     return self._nuclei(
@@ -719,7 +719,8 @@ def _plane(x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
 
 
 def _none() -> Blobs:
-  return Blobs(*[np.zeros(0)] * 5, np.zeros((0, 3), complex))
+  zero = np.zeros(0)
+  return Blobs(zero, zero, zero, zero, zero, np.zeros((0, 3), complex))
 
 
 def _mean_radius(blobs: Blobs) -> np.ndarray:

@@ -94,8 +94,8 @@ class DrawnSlide:
       clumping=rng.uniform(0.3, 0.7),
     )
     self._threads = fields.Threads(rng, self._temper.fibre)
-    grain = look.noise * rng.standard_normal((512, 512, 3), dtype=np.float32)
-    self._grain = np.tile(grain, (2, 2, 1))
+    grain = look.noise * rng.standard_normal((3, 512, 512), dtype=np.float32)
+    self._grain = np.tile(grain, (1, 2, 2)).astype(np.float32)
     self._tissue_fields = [
       (fields.Field(self._key + 1, 300.0), min(60.0, 0.03 * self._field)),
       (fields.Field(self._key + 2, 60.0), 14.0),
@@ -222,40 +222,34 @@ class DrawnSlide:
     return self._part(column * size, row * size, size)
 
   def _part(self, left: int, top: int, size: int) -> np.ndarray:
+    look = self._look
     stains = self._stains(left - _PAD, top - _PAD, size + 2 * _PAD)
-    if stains is None:
-      image = np.empty((size, size, 3), np.float32)
-      image[:] = self._look.white
-    else:
-      image = self._light(*stains)
-    # Half a level more, since what follows the point is cut off.
-    image += np.float32(0.5)
-    image += self._grain_at(left, top, size)
-    np.clip(image, 0, 255, out=image)
-    return image.astype(np.uint8)
+    if stains is not None:
+      stains = [_blur(stain, look.blur / self.mpp) for stain in stains]
+    grain = self._grain_at(left, top, size)
+    image = np.empty((size, size, 3), np.uint8)
+    for channel in range(3):
+      if stains is None:
+        light = np.full((size, size), look.white[channel], np.float32)
+      else:
+        rates = -look.gamma * look.vectors[:, channel]
+        light = stains[0] * np.float32(rates[0])
+        light += stains[1] * np.float32(rates[1])
+        np.exp(light, out=light)
+        light *= np.float32(look.white[channel])
+      light += grain[channel]
+      # Half a level more, since what follows the point is cut off.
+      light += np.float32(0.5)
+      image[..., channel] = np.clip(light, 0, 255, out=light)
+    return image
 
   def _grain_at(self, left: int, top: int, size: int) -> np.ndarray:
     rows, columns = top % 512, left % 512
     if size <= 512:
-      return self._grain[rows : rows + size, columns : columns + size]
+      return self._grain[:, rows : rows + size, columns : columns + size]
     steps = np.arange(size)
-    return self._grain[(rows + steps[:, None]) % 512, (columns + steps) % 512]
-
-  def _light(self, hematoxylin: np.ndarray, eosin: np.ndarray) -> np.ndarray:
-    """Returns (S, S, 3) float32 of two (S + 2 PAD)-sided stains."""
-    look = self._look
-    blurred = [
-      _blur(stain, look.blur / self.mpp) for stain in (hematoxylin, eosin)
-    ]
-    image = np.empty((*blurred[0].shape, 3), np.float32)
-    for channel in range(3):
-      density = blurred[0] * np.float32(-look.gamma * look.vectors[0, channel])
-      density += blurred[1] * np.float32(-look.gamma * look.vectors[1, channel])
-      np.exp(density, out=density)
-      np.multiply(
-        density, np.float32(look.white[channel]), out=image[..., channel]
-      )
-    return image
+    rows, columns = (rows + steps) % 512, (columns + steps) % 512
+    return self._grain[:, rows[:, None], columns]
 
   # --- fields ----------------------------------------------------------------
 
@@ -289,8 +283,8 @@ class DrawnSlide:
     rows = fields.cells(grid.y[0] - reach, grid.y[-1] + reach, _GLANDS)
     column, row = (a.ravel() for a in np.meshgrid(columns, rows))
     u = fields.uniforms(self._key + 20, column, row, 16)
-    x = (column + 0.28 + 0.44 * u[0]) * _GLANDS
-    y = (row + 0.28 + 0.44 * u[1]) * _GLANDS
+    x = (column + 0.2 + 0.6 * u[0]) * _GLANDS
+    y = (row + 0.2 + 0.6 * u[1]) * _GLANDS
     wanted = 1.1 + self._temper.glandular + self._glandular.at(x, y) > u[2]
     radius = 25 + 14 * u[3]
     points = np.stack([x, y], 1)

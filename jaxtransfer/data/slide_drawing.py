@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtransfer.data import drawing
+from jaxtransfer.data import drawing, fields
 from jaxtransfer.data.drawing import Blobs, Look, Nuclei
 
 # Part of the recipe that names cached slides: whoever changes a pixel raises
@@ -25,15 +25,13 @@ from jaxtransfer.data.drawing import Blobs, Look, Nuclei
 VERSION = 1
 
 # Pixels between the nodes at which slow fields are computed.
-_NODE = 4
+fields.NODE = 4
 # Around a part, for the blur.
-_PAD = _NODE
+_PAD = fields.NODE
 # How far outside a part the centre of a nucleus in it may lie, micrometres.
 _MARGIN = 16.0
 # Spacings of lattices, micrometres.
 _GLANDS, _STROMA, _FOLLICLE, _LESION = 88.0, 10.5, 6.2, 9.4
-# Of the table of threads: entries between two random numbers, and their unit.
-_FINE, _THREAD = 8, 1 / 24
 _CORNERS = 24  # of a lesion's polygon, for each of its six longest waves
 
 
@@ -54,165 +52,6 @@ class Temper(NamedTuple):
   basophil: float  # hematoxylin of its cytoplasm
   glandular: float  # more or fewer glands
   clumping: float  # of chromatin
-
-
-# --- numbers by place --------------------------------------------------------
-
-
-def _mixed(value: np.ndarray) -> np.ndarray:
-  """SplitMix64's finaliser: (...) uint64 -> uint64."""
-  value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return value ^ (value >> np.uint64(31))
-
-
-def _uniforms(
-  key: int, column: np.ndarray, row: np.ndarray, count: int
-) -> np.ndarray:
-  """Returns (count, ...) numbers in [0, 1) that depend on key and cell."""
-  golden = np.uint64(0x9E3779B97F4A7C15)
-  start = np.uint64(key % 2**64)
-  cell = _mixed(column.astype(np.int64).astype(np.uint64) + start)
-  cell = _mixed(cell + golden * row.astype(np.int64).astype(np.uint64))
-  stream = np.arange(1, count + 1, dtype=np.uint64) * golden
-  bits = _mixed(cell + stream.reshape(-1, *[1] * cell.ndim))
-  return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _normals(uniforms: np.ndarray) -> np.ndarray:
-  """Turns (3, ...) uniform numbers into (...) nearly normal ones."""
-  return 2 * (uniforms.sum(0) - 1.5)
-
-
-class _Field:
-  """A smooth field of about unit variance over the plane.
-
-  Args:
-    key: which.
-    spacing: of its lattice, micrometres.
-  """
-
-  def __init__(self, key: int, spacing: float):
-    self._key = key
-    self._spacing = spacing
-
-  def over(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns (len(y), len(x)) float32 on the grid of these places."""
-    first_x, weights_x = drawing.spline(x / self._spacing)
-    first_y, weights_y = drawing.spline(y / self._spacing)
-    columns = np.arange(first_x[0], first_x[-1] + 4)
-    rows = np.arange(first_y[0], first_y[-1] + 4)[:, None]
-    knots = self._knots(columns, rows)
-    at_y, at_x = first_y - first_y[0], first_x - first_x[0]
-    # The few rows of knots first: whole lines are then copied.
-    lines = weights_x[0] * knots[:, at_x]
-    for k in range(1, 4):
-      lines += weights_x[k] * knots[:, at_x + k]
-    field = weights_y[0][:, None] * lines[at_y]
-    for k in range(1, 4):
-      field += weights_y[k][:, None] * lines[at_y + k]
-    return field
-
-  def at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns (n,) float32 at n places."""
-    first_x, weights_x = drawing.spline(x / self._spacing)
-    first_y, weights_y = drawing.spline(y / self._spacing)
-    steps = np.arange(4)[:, None]
-    knots = self._knots(first_x + steps, (first_y + steps)[:, None])
-    return (weights_y[:, None] * weights_x * knots).sum((0, 1))
-
-  def _knots(self, column: np.ndarray, row: np.ndarray) -> np.ndarray:
-    column, row = np.broadcast_arrays(column, row)
-    knots = _normals(_uniforms(self._key, column, row, 3))
-    # A cubic B-spline halves the deviation.
-    return (2.1 * knots).astype(np.float32)
-
-
-class _Grid(NamedTuple):
-  """Nodes of a part of a slide, in micrometres from the slide's corner."""
-
-  x: np.ndarray  # (n,)
-  y: np.ndarray  # (n,)
-
-  def zeros(self) -> np.ndarray:
-    """Returns (n, n) float32 as deep outside of everything as can be."""
-    return np.full((len(self.y), len(self.x)), -1e3, np.float32)
-
-  def index(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns the nodes nearest to places, as indices of rows and columns."""
-    step = self.x[1] - self.x[0]
-    column = np.rint((x - self.x[0]) / step).astype(np.int64)
-    row = np.rint((y - self.y[0]) / step).astype(np.int64)
-    last = len(self.x) - 1
-    return np.clip(row, 0, last), np.clip(column, 0, last)
-
-
-def _reach(blobs: Blobs) -> np.ndarray:
-  """Returns (n,) how far from its centre each blob may reach."""
-  return np.maximum(blobs.a, blobs.b) * (1 + np.abs(blobs.wave).sum(1))
-
-
-def _depth(
-  blobs: Blobs,
-  grid: _Grid,
-  less: np.ndarray | float = 0.0,
-  beyond: float = 8.0,
-) -> np.ndarray:
-  """Returns how deep inside the nearest blob nodes are, negative outside.
-
-  Args:
-    blobs: n of them.
-    grid: where.
-    less: (n,) what is taken off the depth of each.
-    beyond: how far outside it is to be right, micrometres.
-  """
-  depth = grid.zeros()
-  reach = _reach(blobs) + beyond
-  taken = np.broadcast_to(less, reach.shape)
-  near = (
-    (blobs.x + reach > grid.x[0])
-    & (blobs.x - reach < grid.x[-1])
-    & (blobs.y + reach > grid.y[0])
-    & (blobs.y - reach < grid.y[-1])
-  )
-  for i in np.flatnonzero(near):
-    columns = slice(
-      *np.searchsorted(grid.x, [blobs.x[i] - reach[i], blobs.x[i] + reach[i]])
-    )
-    rows = slice(
-      *np.searchsorted(grid.y, [blobs.y[i] - reach[i], blobs.y[i] + reach[i]])
-    )
-    dx = (grid.x[columns] - blobs.x[i]).astype(np.float32)
-    dy = (grid.y[rows] - blobs.y[i]).astype(np.float32)[:, None]
-    cos, sin = (
-      np.float32(np.cos(blobs.angle[i])),
-      np.float32(np.sin(blobs.angle[i])),
-    )
-    a, b = np.float32(blobs.a[i]), np.float32(blobs.b[i])
-    z = (dx * cos + dy * sin) / a + 1j * ((dy * cos - dx * sin) / b)
-    rho = np.abs(z) + np.float32(1e-6)
-    wavy = drawing.outline(z / rho, blobs.wave[i].astype(np.complex64))
-    inside = (wavy - rho) * np.sqrt(a * b) - np.float32(taken[i])
-    np.maximum(depth[rows, columns], inside, out=depth[rows, columns])
-  return depth
-
-
-def _waves(uniforms: np.ndarray, amount: float) -> np.ndarray:
-  """Turns (6, ...) uniform numbers into (..., 3) harmonics of an outline."""
-  amplitude = (
-    amount
-    * 2
-    * uniforms[:3]
-    * np.reshape([1.0, 0.8, 0.5], (3, *[1] * (uniforms.ndim - 1)))
-  )
-  return np.moveaxis(amplitude * np.exp(2j * np.pi * uniforms[3:]), 0, -1)
-
-
-def _turned(
-  along: np.ndarray, across: np.ndarray, angle: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  cos, sin = np.cos(angle), np.sin(angle)
-  return along * cos - across * sin, along * sin + across * cos
 
 
 # --- the slide ---------------------------------------------------------------
@@ -254,21 +93,21 @@ class DrawnSlide:
       glandular=rng.uniform(-0.3, 0.5),
       clumping=rng.uniform(0.3, 0.7),
     )
-    self._threads = _threads(rng)
-    grain = look.noise * rng.standard_normal((512, 512, 3), dtype=np.float32)
-    self._grain = np.tile(grain, (2, 2, 1))
+    self._threads = fields.Threads(rng, self._temper.fibre)
+    grain = look.noise * rng.standard_normal((3, 512, 512), dtype=np.float32)
+    self._grain = np.tile(grain, (1, 2, 2)).astype(np.float32)
     self._tissue_fields = [
-      (_Field(self._key + 1, 300.0), min(60.0, 0.03 * self._field)),
-      (_Field(self._key + 2, 60.0), 14.0),
-      (_Field(self._key + 3, 17.0), 4.0),
+      (fields.Field(self._key + 1, 300.0), min(60.0, 0.03 * self._field)),
+      (fields.Field(self._key + 2, 60.0), 14.0),
+      (fields.Field(self._key + 3, 17.0), 4.0),
     ]
-    self._holes = _Field(self._key + 4, 120.0)
-    self._glandular = _Field(self._key + 5, 420.0)
-    self._strands = _Field(self._key + 10, 24.0)
-    self._slow = _Field(self._key + 6, 60.0)
-    self._bends = _Field(self._key + 7, 110.0)
-    self._warps = _Field(self._key + 8, 9.0)
-    self._fine = _Field(self._key + 9, 1.7)
+    self._holes = fields.Field(self._key + 4, 120.0)
+    self._glandular = fields.Field(self._key + 5, 420.0)
+    self._strands = fields.Field(self._key + 10, 24.0)
+    self._slow = fields.Field(self._key + 6, 60.0)
+    self._bends = fields.Field(self._key + 7, 110.0)
+    self._warps = fields.Field(self._key + 8, 9.0)
+    self._fine = fields.Field(self._key + 9, 1.7)
     self.regions = Regions(self._place_pieces(rng), *[_none()] * 2)
     self.tissue_area, inside = self._survey()
     follicles = self._place_follicles(rng, inside)
@@ -298,14 +137,14 @@ class DrawnSlide:
       drawing.waves(rng, count, 0.12),
     )
     # Glass all around them, where there is room.
-    room = np.minimum(_reach(pieces) + 0.02 * field, 0.49 * field)
+    room = np.minimum(fields.reach(pieces) + 0.02 * field, 0.49 * field)
     x, y = (np.clip(at, room, field - room) for at in pieces[:2])
     return pieces._replace(x=x, y=y)
 
   def _survey(self) -> tuple[float, np.ndarray]:
     """Returns the tissue's area, and (n, 3) x, y and depth of places in it."""
     nodes = (np.arange(256) + 0.5) / 256 * self._field
-    grid = _Grid(nodes, nodes)
+    grid = fields.Grid(nodes, nodes)
     depth = self._tissue(grid)
     row, column = np.nonzero(depth > 0)
     places = np.stack([nodes[column], nodes[row], depth[row, column]], 1)
@@ -354,7 +193,7 @@ class DrawnSlide:
     found = []
     for i in range(len(blobs.x)):
       wavy = drawing.outline(z, blobs.wave[i])
-      x, y = _turned(
+      x, y = fields.turned(
         blobs.a[i] * wavy * z.real, blobs.b[i] * wavy * z.imag, blobs.angle[i]
       )
       corners = np.stack([blobs.x[i] + x, blobs.y[i] + y], 1)
@@ -372,8 +211,8 @@ class DrawnSlide:
     Returns:
       (size, size, 3) uint8 RGB.
     """
-    left, top = x - x % _NODE, y - y % _NODE
-    whole = -(-(size + _NODE) // _NODE) * _NODE
+    left, top = x - x % fields.NODE, y - y % fields.NODE
+    whole = -(-(size + fields.NODE) // fields.NODE) * fields.NODE
     right, below = x - left, y - top
     part = self._part(left, top, whole)
     return part[below : below + size, right : right + size]
@@ -383,46 +222,40 @@ class DrawnSlide:
     return self._part(column * size, row * size, size)
 
   def _part(self, left: int, top: int, size: int) -> np.ndarray:
+    look = self._look
     stains = self._stains(left - _PAD, top - _PAD, size + 2 * _PAD)
-    if stains is None:
-      image = np.empty((size, size, 3), np.float32)
-      image[:] = self._look.white
-    else:
-      image = self._light(*stains)
-    # Half a level more, since what follows the point is cut off.
-    image += np.float32(0.5)
-    image += self._grain_at(left, top, size)
-    np.clip(image, 0, 255, out=image)
-    return image.astype(np.uint8)
+    if stains is not None:
+      stains = [_blur(stain, look.blur / self.mpp) for stain in stains]
+    grain = self._grain_at(left, top, size)
+    image = np.empty((size, size, 3), np.uint8)
+    for channel in range(3):
+      if stains is None:
+        light = np.full((size, size), look.white[channel], np.float32)
+      else:
+        rates = -look.gamma * look.vectors[:, channel]
+        light = stains[0] * np.float32(rates[0])
+        light += stains[1] * np.float32(rates[1])
+        np.exp(light, out=light)
+        light *= np.float32(look.white[channel])
+      light += grain[channel]
+      # Half a level more, since what follows the point is cut off.
+      light += np.float32(0.5)
+      image[..., channel] = np.clip(light, 0, 255, out=light)
+    return image
 
   def _grain_at(self, left: int, top: int, size: int) -> np.ndarray:
     rows, columns = top % 512, left % 512
     if size <= 512:
-      return self._grain[rows : rows + size, columns : columns + size]
+      return self._grain[:, rows : rows + size, columns : columns + size]
     steps = np.arange(size)
-    return self._grain[(rows + steps[:, None]) % 512, (columns + steps) % 512]
-
-  def _light(self, hematoxylin: np.ndarray, eosin: np.ndarray) -> np.ndarray:
-    """Returns (S, S, 3) float32 of two (S + 2 PAD)-sided stains."""
-    look = self._look
-    blurred = [
-      _blur(stain, look.blur / self.mpp) for stain in (hematoxylin, eosin)
-    ]
-    image = np.empty((*blurred[0].shape, 3), np.float32)
-    for channel in range(3):
-      density = blurred[0] * np.float32(-look.gamma * look.vectors[0, channel])
-      density += blurred[1] * np.float32(-look.gamma * look.vectors[1, channel])
-      np.exp(density, out=density)
-      np.multiply(
-        density, np.float32(look.white[channel]), out=image[..., channel]
-      )
-    return image
+    rows, columns = (rows + steps) % 512, (columns + steps) % 512
+    return self._grain[:, rows[:, None], columns]
 
   # --- fields ----------------------------------------------------------------
 
-  def _tissue(self, grid: _Grid) -> np.ndarray:
+  def _tissue(self, grid: fields.Grid) -> np.ndarray:
     most = 3 * sum(amount for _, amount in self._tissue_fields)
-    depth = _depth(self.regions.pieces, grid, beyond=2 * most)
+    depth = fields.depth(self.regions.pieces, grid, beyond=2 * most)
     if depth.max() < -most:
       return depth
     for field, amount in self._tissue_fields:
@@ -433,9 +266,9 @@ class DrawnSlide:
     )
     return np.minimum(depth, holes)
 
-  def _nests(self, grid: _Grid) -> np.ndarray:
+  def _nests(self, grid: fields.Grid) -> np.ndarray:
     """Returns the depth in nests of a lesion, which has stroma between them."""
-    depth = _depth(self.regions.lesions, grid)
+    depth = fields.depth(self.regions.lesions, grid)
     if depth.max() < 0:
       return depth
     nests = np.float32(9) * (
@@ -443,20 +276,20 @@ class DrawnSlide:
     )
     return np.minimum(depth, nests)
 
-  def _glands(self, grid: _Grid) -> tuple[Blobs, np.ndarray, np.ndarray]:
+  def _glands(self, grid: fields.Grid) -> tuple[Blobs, np.ndarray, np.ndarray]:
     """Returns glands that may reach a grid, their walls and their cells."""
     reach = 60.0
-    columns = _cells(grid.x[0] - reach, grid.x[-1] + reach, _GLANDS)
-    rows = _cells(grid.y[0] - reach, grid.y[-1] + reach, _GLANDS)
+    columns = fields.cells(grid.x[0] - reach, grid.x[-1] + reach, _GLANDS)
+    rows = fields.cells(grid.y[0] - reach, grid.y[-1] + reach, _GLANDS)
     column, row = (a.ravel() for a in np.meshgrid(columns, rows))
-    u = _uniforms(self._key + 20, column, row, 16)
-    x = (column + 0.28 + 0.44 * u[0]) * _GLANDS
-    y = (row + 0.28 + 0.44 * u[1]) * _GLANDS
+    u = fields.uniforms(self._key + 20, column, row, 16)
+    x = (column + 0.2 + 0.6 * u[0]) * _GLANDS
+    y = (row + 0.2 + 0.6 * u[1]) * _GLANDS
     wanted = 1.1 + self._temper.glandular + self._glandular.at(x, y) > u[2]
     radius = 25 + 14 * u[3]
     points = np.stack([x, y], 1)
     glands = drawing.blobs(
-      points, radius, 1 + 0.5 * u[4], np.pi * u[5], _waves(u[6:12], 0.055)
+      points, radius, 1 + 0.5 * u[4], np.pi * u[5], fields.waves(u[6:12], 0.055)
     )
     wall = 13 + 5 * u[12]
     kept = wanted & self._free(glands)
@@ -483,9 +316,9 @@ class DrawnSlide:
   ) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns hematoxylin and eosin, (size, size) float32; None = all glass."""
     mpp, temper = self.mpp, self._temper
-    margin = -(-math.ceil(_MARGIN / mpp) // _NODE)
-    steps = np.arange(-margin, size // _NODE + margin + 1) * _NODE
-    grid = _Grid((left + steps) * mpp, (top + steps) * mpp)
+    margin = -(-math.ceil(_MARGIN / mpp) // fields.NODE)
+    steps = np.arange(-margin, size // fields.NODE + margin + 1) * fields.NODE
+    grid = fields.Grid((left + steps) * mpp, (top + steps) * mpp)
     tissue = self._tissue(grid)
     if tissue.max() < -2:
       return None
@@ -494,18 +327,18 @@ class DrawnSlide:
     softness = max(1.2, 1.2 * mpp)
 
     def pixels(nodes: np.ndarray) -> np.ndarray:
-      return _between(nodes[margin:-margin, margin:-margin])
+      return fields.between(nodes[margin:-margin, margin:-margin])
 
     glands, wall, cells = self._glands(grid)
-    gland = _depth(glands, grid)
-    lumen = _depth(glands, grid, wall)
+    gland = fields.depth(glands, grid)
+    lumen = fields.depth(glands, grid, wall)
     lesion = self._nests(grid)
-    follicle = _depth(self.regions.follicles, grid)
+    follicle = fields.depth(self.regions.follicles, grid)
     slow, fine = self._slow.over(x, y), self._fine.over(x, y)
     bend = self._bends.over(x, y)
     warp = 20 * bend + np.float32(0.9) * self._warps.over(x, y)
 
-    fibres = self._fibres(x, y, warp)
+    fibres = self._threads.over(x, y, warp)
     loose = np.float32(temper.loose)
     eosin = 0.62 * np.exp(loose * fibres - loose + np.float32(0.12) * slow)
     hematoxylin = np.full_like(eosin, 0.03)
@@ -548,22 +381,6 @@ class DrawnSlide:
     look = self._look
     return look.hematoxylin * hematoxylin, look.eosin * eosin
 
-  def _fibres(
-    self, x: np.ndarray, y: np.ndarray, warp: np.ndarray
-  ) -> np.ndarray:
-    """Wavy fibres: (len(y), len(x)) of about unit deviation."""
-    cos, sin = math.cos(self._temper.fibre), math.sin(self._temper.fibre)
-    # Modulo the table's size, which single precision needs on a large slide.
-    along = np.float32(_FINE / 11) * _plane(x * cos, y * sin, 11 * 128)
-    across = _plane(-x * sin, y * cos, 1.5 * 512)
-    across += warp
-    across *= np.float32(_FINE / 1.5)
-    rows, columns = self._threads.shape
-    place = across.astype(np.int32) & (rows - 1)
-    place *= columns
-    place += along.astype(np.int32) & (columns - 1)
-    return self._threads.ravel().take(place) * np.float32(_THREAD)
-
   # --- nuclei ----------------------------------------------------------------
 
   def _nuclei(
@@ -586,7 +403,7 @@ class DrawnSlide:
       radius * self._look.size,
       ratio,
       angle,
-      _waves(u[:6], wave),
+      fields.waves(u[:6], wave),
     )
     return [
       Nuclei(
@@ -598,7 +415,11 @@ class DrawnSlide:
     ]
 
   def _gland_nuclei(
-    self, glands: Blobs, cells: np.ndarray, grid: _Grid, tissue: np.ndarray
+    self,
+    glands: Blobs,
+    cells: np.ndarray,
+    grid: fields.Grid,
+    tissue: np.ndarray,
   ) -> list[Nuclei]:
     """Nuclei stand in a ring, upright on the outline."""
     radius = _mean_radius(glands)
@@ -607,16 +428,18 @@ class DrawnSlide:
       return []
     number = np.arange(count.max())
     of, i = np.nonzero(number < count[:, None])
-    u = _uniforms(self._key + 21, cells[of, 0] * 4096 + i, cells[of, 1], 16)
+    u = fields.uniforms(
+      self._key + 21, cells[of, 0] * 4096 + i, cells[of, 1], 16
+    )
     turn = 2 * np.pi * (i + 0.6 * (u[10] - 0.5)) / count[of]
     z = np.exp(1j * turn)
     inset = 5.2 + 1.6 * (u[11] - 0.5) + 5.0 * (u[12] < 0.12)
     rho = drawing.outline(z, glands.wave[of]) - inset / radius[of]
-    dx, dy = _turned(
+    dx, dy = fields.turned(
       glands.a[of] * rho * z.real, glands.b[of] * rho * z.imag, glands.angle[of]
     )
     x, y = glands.x[of] + dx, glands.y[of] + dy
-    kept = _within(x, y, grid) & (tissue[grid.index(x, y)] > 2)
+    kept = grid.holds(x, y) & (tissue[grid.nearest(x, y)] > 2)
     u = u[:, kept]
     lean = np.arctan2(dy, dx)[kept] + 0.5 * (u[13] - 0.5)
     return self._nuclei(
@@ -632,11 +455,11 @@ class DrawnSlide:
     )
 
   def _stroma_nuclei(
-    self, grid: _Grid, tissue: np.ndarray, other: np.ndarray
+    self, grid: fields.Grid, tissue: np.ndarray, other: np.ndarray
   ) -> list[Nuclei]:
     """Spindle cells along the fibres, one in four a round lymphocyte."""
     x, y, u = self._scattered(grid, _STROMA, 22, 0.34)
-    place = grid.index(x, y)
+    place = grid.nearest(x, y)
     kept = (tissue[place] > 3) & (other[place] < -2.5)
     x, y, u = x[kept], y[kept], u[:, kept]
     round_ = u[10] < 0.25
@@ -649,13 +472,13 @@ class DrawnSlide:
     )
 
   def _follicle_nuclei(
-    self, grid: _Grid, tissue: np.ndarray, follicle: np.ndarray
+    self, grid: fields.Grid, tissue: np.ndarray, follicle: np.ndarray
   ) -> list[Nuclei]:
     """Lymphocytes: small, round, dark and many."""
     if follicle.max() < 0:
       return []
     x, y, u = self._scattered(grid, _FOLLICLE, 23, 0.95)
-    place = grid.index(x, y)
+    place = grid.nearest(x, y)
     kept = (tissue[place] > 3) & (follicle[place] > 2 * u[10])
     x, y, u = x[kept], y[kept], u[:, kept]
     return self._nuclei(
@@ -663,13 +486,13 @@ class DrawnSlide:
     )
 
   def _lesion_nuclei(
-    self, grid: _Grid, tissue: np.ndarray, lesion: np.ndarray
+    self, grid: fields.Grid, tissue: np.ndarray, lesion: np.ndarray
   ) -> list[Nuclei]:
     """Large, dark nuclei, close together."""
     if lesion.max() < 0:
       return []
     x, y, u = self._scattered(grid, _LESION, 24, 0.95)
-    place = grid.index(x, y)
+    place = grid.nearest(x, y)
     kept = (tissue[place] > 4) & (lesion[place] > 1)
     x, y, u = x[kept], y[kept], u[:, kept]
     return self._nuclei(
@@ -677,13 +500,13 @@ class DrawnSlide:
     )
 
   def _scattered(
-    self, grid: _Grid, spacing: float, key: int, share: float
+    self, grid: fields.Grid, spacing: float, key: int, share: float
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns places (n,), (n,) and uniform numbers (14, n) of some cells."""
-    columns = _cells(grid.x[0], grid.x[-1], spacing)
-    rows = _cells(grid.y[0], grid.y[-1], spacing)
+    columns = fields.cells(grid.x[0], grid.x[-1], spacing)
+    rows = fields.cells(grid.y[0], grid.y[-1], spacing)
     column, row = (a.ravel() for a in np.meshgrid(columns, rows))
-    u = _uniforms(self._key + key, column, row, 17)
+    u = fields.uniforms(self._key + key, column, row, 17)
     kept = u[14] < share
     u, column, row = u[:, kept], column[kept], row[kept]
     x = (column + 0.15 + 0.7 * u[15]) * spacing
@@ -691,63 +514,18 @@ class DrawnSlide:
     return x, y, u
 
 
-def _threads(rng: np.random.Generator) -> np.ndarray:
-  """Returns random threads along the rows of a table that wraps around.
-
-  (512 * 8, 128 * 8) int8, in units of `_THREAD`: as fine as to be looked up
-  without interpolation.
-  """
-  table = rng.standard_normal((512, 128), dtype=np.float32)
-  for axis in range(2):
-    after = np.roll(table, -1, axis)
-    part = (np.arange(_FINE, dtype=np.float32) / _FINE).reshape(-1, 1)
-    if axis == 0:
-      table = table[:, None] + part * (after - table)[:, None]
-      table = table.reshape(-1, 128)
-    else:
-      table = table[..., None] + part[:, 0] * (after - table)[..., None]
-      table = table.reshape(len(table), -1)
-  # Between two of them random numbers deviate less.
-  return np.clip(np.rint(1.4 * table / _THREAD), -127, 127).astype(np.int8)
-
-
-def _plane(x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
-  """Returns x + y on a grid, (len(y), len(x)) float32, modulo a period."""
-  # Two more, so that nothing that is added brings it below zero.
-  whole = (math.floor((x[0] + y[0]) / period) - 2) * period
-  return (x - whole).astype(np.float32) + y.astype(np.float32)[:, None]
-
-
 def _none() -> Blobs:
-  return Blobs(*[np.zeros(0)] * 5, np.zeros((0, 3), complex))
+  zero = np.zeros(0)
+  return Blobs(zero, zero, zero, zero, zero, np.zeros((0, 3), complex))
 
 
 def _mean_radius(blobs: Blobs) -> np.ndarray:
   return np.sqrt(blobs.a * blobs.b)
 
 
-def _cells(low: float, high: float, spacing: float) -> np.ndarray:
-  return np.arange(math.floor(low / spacing), math.floor(high / spacing) + 1)
-
-
-def _within(x: np.ndarray, y: np.ndarray, grid: _Grid) -> np.ndarray:
-  return (x > grid.x[0]) & (x < grid.x[-1]) & (y > grid.y[0]) & (y < grid.y[-1])
-
-
 def _moved(group: Nuclei, left: float, top: float) -> Nuclei:
   blobs = group.blobs
   return group._replace(blobs=blobs._replace(x=blobs.x - left, y=blobs.y - top))
-
-
-def _between(nodes: np.ndarray) -> np.ndarray:
-  """Returns the pixels between nodes, (n + 1, n + 1) -> (4 n, 4 n)."""
-  at = (np.arange(_NODE, dtype=np.float32) + np.float32(0.5)) / _NODE
-  count = len(nodes) - 1
-  rise = np.diff(nodes, axis=0)
-  lines = nodes[:-1, None] + at[:, None] * rise[:, None]
-  lines = lines.reshape(count * _NODE, count + 1)
-  rise = np.diff(lines, axis=1)
-  return (lines[:, :-1, None] + rise[..., None] * at).reshape(count * _NODE, -1)
 
 
 def _blur(stain: np.ndarray, sigma: float) -> np.ndarray:

@@ -264,32 +264,34 @@ def _draw_all(
 ) -> list[list[Any]]:
   """Draws what is not there yet, and returns the rows of lesions.csv."""
   _tifffile()
-  paths = [directory / "slides" / f"{slide.name}.tiff" for slide in plan]
-  there = sum(path.exists() for path in paths)
-  rows = []
+  there = sum(_path(directory, slide).exists() for slide in plan)
   with (
     progress.Progress("drawing slides", "slides", len(plan), there) as bar,
     concurrent.futures.ThreadPoolExecutor(
       min(_THREADS, os.cpu_count() or 1)
     ) as pool,
   ):
-    work = {}
-    for slide, path in zip(plan, paths, strict=True):
+
+    def draw(slide: _Slide) -> list[list[Any]]:
+      path = _path(directory, slide)
       drawn = _drawn(recipe, slide)
-      rows += _lesions(slide, drawn)
       if not path.exists():
         outlines = directory / "lesions" / f"{slide.name}.geojson"
         files.write_json(outlines, _geojson(drawn))
-        quality = _scanner(slide.site)[1]
-        work[pool.submit(_write_tiff, path, drawn, quality)] = slide
-    try:
-      for future in concurrent.futures.as_completed(work):
-        future.result()
+        _write_tiff(path, drawn, _scanner(slide.site)[1])
         bar.update()
+      return _lesions(slide, drawn)
+
+    try:
+      # In the order of the plan, whichever is drawn first.
+      return [row for rows in pool.map(draw, plan) for row in rows]
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-  return rows
+
+
+def _path(directory: pathlib.Path, slide: _Slide) -> pathlib.Path:
+  return directory / "slides" / f"{slide.name}.tiff"
 
 
 def _generator(seed: int, *key: str | int) -> np.random.Generator:
@@ -315,7 +317,7 @@ def _drawn(recipe: _Recipe, slide: _Slide) -> slide_drawing.DrawnSlide:
     size=look.size * size,
   )
   mpp, _ = _scanner(slide.site)
-  side = -(-round(recipe.size * NOMINAL_MPP / mpp) // _MULTIPLE) * _MULTIPLE
+  side = round(recipe.size * NOMINAL_MPP / mpp / _MULTIPLE) * _MULTIPLE
   number = int(own.integers(2**62))
   return slide_drawing.DrawnSlide(number, side, mpp, look, slide.positive)
 

@@ -55,6 +55,12 @@ _CALLED = {
   "data.image_size": (
     "img_size imgsize input_size size resolution crop_size tile_size patch_size"
   ),
+  "tile": "patch_size patchsize tile_size tile_px",
+  "mpp": "resolution spacing target_mpp pixel_size um_px",
+  "mag": "magnification target_mag power objective",
+  "overlap": "patch_overlap",
+  "min_tissue": "min_tissue_proportion tissue_threshold tissue_percentage",
+  "save_tiles": "save_patches",
   "data.workers": "num_workers n_workers n_jobs threads",
   "data.split_fractions": "split splits val_split test_split test_size",
   "data.few_shot": "shots n_shot shot",
@@ -62,9 +68,11 @@ _CALLED = {
   "augment.flip_vertical": "vflip vertical_flip",
   "augment.quarter_turns": "rotate rotation rot90",
 }
-_KEY_CALLED = {
-  other: key for key, others in _CALLED.items() for other in others.split()
-}
+# Of some names several keys, of different jobs.
+_KEYS_CALLED: dict[str, list[str]] = {}
+for _key, _others in _CALLED.items():
+  for _other in _others.split():
+    _KEYS_CALLED.setdefault(_other, []).append(_key)
 _GROUP_CALLED = {
   "model": "network",
   "dataset": "data",
@@ -273,10 +281,10 @@ def _meant(key: str, known: Iterable[str]) -> str:
   for name in (configuration.RENAMED.get(ours), ours):
     if name in known:
       return name
-  called = _KEY_CALLED.get(_GROUP_CALLED.get(last, last), "")
-  called = _KEY_CALLED.get(last, called)
-  if called in known:
-    return called
+  for name in (last, _GROUP_CALLED.get(last, last)):
+    for called in _KEYS_CALLED.get(name, ()):
+      if called in known:
+        return called
   ending = [k for k in known if k.rpartition(".")[2] == last]
   same = [k for k in ending if groups and k.startswith(f"{groups[-1]}.")]
   return " or ".join(same or ending)
@@ -302,8 +310,9 @@ def _wrong(key: str, value: str, keys: Mapping[str, Any]) -> str:
   message = f"config.{key} is {value!r}"
   if key not in keys:
     inner = [k for k in keys if k.startswith(f"{key}.")]
-    meant = _KEY_CALLED.get(key, f"{key}.name")
-    near = f"; did you mean config.{meant}?" if meant in inner else ""
+    several = [*_KEYS_CALLED.get(key, ()), f"{key}.name"]
+    meant = next((k for k in several if k in inner), "")
+    near = f"; did you mean config.{meant}?" if meant else ""
     return f"{message}, but it is a group of keys ({', '.join(inner)}){near}"
   kind = _VALUES.get(type(keys[key]), "text")
   return (

@@ -130,3 +130,24 @@ def test_the_cache_is_private(tmp_path, monkeypatch):
   monkeypatch.setenv("JAXTRANSFER_CACHE", str(tmp_path / "cache"))
   files.cache_directory("weights")
   assert os.stat(tmp_path / "cache").st_mode & 0o077 == 0
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+  """A failure leaves the old one; of an unfinished one nothing is taken over;
+  what comes takes the place of what was there."""
+  path = tmp_path / "tiles" / "a"
+  with files.atomic_directory(path) as temporary:
+    (temporary / "1").write_text("old")
+    assert not path.exists()
+  with pytest.raises(ValueError):
+    with files.atomic_directory(path) as temporary:
+      (temporary / "2").write_text("new")
+      raise ValueError
+  assert [file.name for file in path.iterdir()] == ["1"]
+  left = path.with_name(".a.tmp")
+  left.mkdir()
+  (left / "3").write_text("killed")
+  with files.atomic_directory(path) as temporary:
+    (temporary / "2").write_text("new")
+  assert [file.name for file in path.iterdir()] == ["2"]
+  assert [file.name for file in path.parent.iterdir()] == ["a"]

@@ -27,6 +27,7 @@
     ]),
   );
   const articles = [...root.querySelectorAll("article.slide")];
+  if (!articles.length) return;
   const links = [...root.querySelectorAll(".slide-list a")];
   const [panel, keys, said] = root
     .querySelector("template")
@@ -54,14 +55,17 @@
   }
 
   function number(value) {
-    if (value && Math.abs(value) < 0.001) return value > 0 ? "<0.001" : ">−0.001";
+    if (value && Math.abs(value) < 0.001) {
+      return value > 0 ? "<0.001" : ">−0.001";
+    }
     return value
       .toLocaleString("en-US", { maximumSignificantDigits: 3 })
       .replace("-", "−");
   }
 
   const whole = (value) => value.toLocaleString("en-US");
-  const percent = (share) => `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`;
+  const percent = (share) =>
+    `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`;
 
   async function inflated(text) {
     const packed = new Blob([bytes(text)]).stream();
@@ -83,7 +87,8 @@
     });
     const scores = [];
     for (const { label, kind, values } of view.scores) {
-      scores.push(ranked(label, kind, new Float32Array(await inflated(values))));
+      const numbers = new Float32Array(await inflated(values));
+      scores.push(ranked(label, kind, numbers));
     }
     const longest = Math.max(view.width, view.height);
     const ratio =
@@ -194,7 +199,7 @@
     if (isAttention) low = Math.max(low, LEAST_ATTENTION);
     // All are alike: the even share, or the one number, is in the middle.
     if (isAttention && high < 1.05 * low) [low, high] = [0.5, 2];
-    else if (!isAttention && !(high > low)) [low, high] = [low - 0.5, low + 0.5];
+    if (!isAttention && high === low) [low, high] = [low - 0.5, low + 0.5];
     const [bend, back] = isAttention
       ? [Math.log, Math.exp]
       : [(value) => value, (value) => value];
@@ -246,9 +251,10 @@
     const context = canvas.getContext("2d");
     const image = context.createImageData(slide.width, slide.height);
     const pixels = new Uint32Array(image.data.buffer);
-    slide.owner.forEach((tile, pixel) => {
-      if (tile >= 0) pixels[pixel] = shades[tile];
-    });
+    const { owner } = slide;
+    for (let pixel = 0; pixel < owner.length; pixel++) {
+      if (owner[pixel] >= 0) pixels[pixel] = shades[owner[pixel]];
+    }
     context.putImageData(image, 0, 0);
     paintBar(least);
   }
@@ -296,14 +302,13 @@
     );
     const shown = positions.reduce((sum, at) => sum + (at >= least), 0);
     const counted = `${whole(shown)} of ${whole(slide.count)} tiles shown`;
-    tell("threshold", least ? read(least) : "nothing", counted);
+    tell("threshold", least ? read(least) : "nothing", `, ${counted}`);
+    find(".counted").textContent = counted;
   }
 
-  function tell(name, text, more) {
-    const output = find(`output.${name}`);
-    output.textContent = text;
-    if (more) output.append(element("span", "minor", more));
-    inputs[name].setAttribute("aria-valuetext", more ? `${text}, ${more}` : text);
+  function tell(name, text, more = "") {
+    find(`output.${name}`).textContent = text;
+    inputs[name].setAttribute("aria-valuetext", text + more);
   }
 
   function rescale() {
@@ -323,14 +328,31 @@
   }
 
   function dress() {
-    const opacity = inputs.opacity.valueAsNumber;
-    canvas.style.opacity = opacity / 100;
-    tell("opacity", `${opacity} %`);
     const layer = canvas.parentElement;
-    const zoom = inputs.zoom.valueAsNumber;
-    layer.style.setProperty("--zoom", zoom);
-    tell("zoom", `${zoom} ×`);
+    const bare = !layer.querySelector(".tissue");
+    const opacity = inputs.opacity.valueAsNumber;
+    canvas.style.opacity = bare ? 1 : opacity / 100;
+    tell("opacity", `${opacity} %`);
+    for (const name of ["opacity", "grey"]) {
+      inputs[name].parentElement.hidden = bare;
+    }
     layer.classList.toggle("grey", inputs.grey.checked);
+    enlarge(layer, inputs.zoom.valueAsNumber);
+  }
+
+  // About the chosen tile, or about what is in the middle.
+  function enlarge(layer, zoom) {
+    const stage = layer.parentElement;
+    const shown = layer.getBoundingClientRect();
+    const frame = stage.getBoundingClientRect();
+    const about = (marker.hidden ? stage : marker).getBoundingClientRect();
+    const x = (about.left + about.width / 2 - shown.left) / shown.width;
+    const y = (about.top + about.height / 2 - shown.top) / shown.height;
+    tell("zoom", `${zoom} ×`);
+    if (zoom === Number(layer.style.getPropertyValue("--zoom") || 1)) return;
+    layer.style.setProperty("--zoom", zoom);
+    stage.scrollLeft = x * layer.offsetWidth - frame.width / 2;
+    stage.scrollTop = y * layer.offsetHeight - frame.height / 2;
   }
 
   // -- one tile
@@ -361,10 +383,12 @@
     const table = element("table");
     const row = (kind, cells) => {
       const line = element("tr");
-      line.append(...cells.map((cell, i) => element(i ? kind : "th", "", cell)));
+      const names = cells.map((_, i) => (i ? kind : "th"));
+      line.append(...cells.map((cell, i) => element(names[i], "", cell)));
       return line;
     };
-    table.append(row("th", ["", "raw", "percentile", "rank"]));
+    const among = `rank of ${whole(slide.count)}`;
+    table.append(row("th", ["", "raw", "percentile", among]));
     for (const { label, values, percentiles, higher } of slide.scores) {
       table.append(
         row("td", [
@@ -394,11 +418,12 @@
       return;
     }
     const score = slide.scores[inputs.score.selectedIndex];
+    const [value, share] = [score.values[tile], score.percentiles[tile]];
+    const [rank, count] = [score.higher[tile] + 1, slide.count].map(whole);
+    const [x, y] = [slide.x[tile], slide.y[tile]].map(whole);
     said.textContent =
-      `${score.label} ${number(score.values[tile])}, percentile ` +
-      `${percent(score.percentiles[tile])}, rank ${whole(score.higher[tile] + 1)}` +
-      ` of ${whole(slide.count)}, at ${whole(slide.x[tile])}, ` +
-      `${whole(slide.y[tile])}`;
+      `${score.label} ${number(value)}, percentile ${percent(share)},` +
+      ` rank ${rank} of ${count}, at ${x}, ${y}`;
     const stage = canvas.closest(".stage");
     const [frame, mark] = [stage, marker].map((e) => e.getBoundingClientRect());
     if (mark.left < frame.left || mark.right > frame.right) {
@@ -422,17 +447,19 @@
     return inside ? slide.owner[row * slide.width + column] : -1;
   }
 
-  // The tile that lies this way: near, and rather ahead than aside.
+  // The tile that lies this way: the next in its row or column, or else one
+  // that is near and rather ahead than aside.
   function neighbour(tile, [right, down]) {
-    const { x, y } = slide;
+    const { x, y, extent, width, height, ratio } = slide;
+    const far = (4 * (width + height)) / ratio;
     let [best, least] = [tile, Infinity];
     for (let i = 0; i < slide.count; i++) {
       const [dx, dy] = [x[i] - x[tile], y[i] - y[tile]];
       const ahead = dx * right + dy * down;
       const aside = Math.abs(dx * down) + Math.abs(dy * right);
-      if (ahead > 0 && aside <= 2 * ahead && ahead + 3 * aside < least) {
-        [best, least] = [i, ahead + 3 * aside];
-      }
+      if (ahead <= 0 || aside > 2 * ahead) continue;
+      const cost = ahead + 3 * aside + (aside < extent / 2 ? 0 : far);
+      if (cost < least) [best, least] = [i, cost];
     }
     return best;
   }

@@ -141,6 +141,11 @@ def form_of(head: bytes) -> str:
 
 
 def what_else(head: bytes) -> str:
+  """Returns what a file is that is no picture read here, "" if unknown.
+
+  Args:
+    head: its first bytes, 512 where there are as many.
+  """
   for magic, what in _OTHERS:
     if head.startswith(magic):
       return what

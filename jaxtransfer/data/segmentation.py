@@ -27,7 +27,7 @@ from jaxtransfer.data import images
 
 # Whatever Otsu says, of 255: below is the noise of a white background, as on a
 # slide with nothing on it, above is stain, as on a slide with nothing else.
-LEAST, MOST = 10, 60
+LEAST, MOST = 10, 40
 # A darker pixel has no colour to speak of.
 _BLACK = 50
 # A slide with more of these than that is no stain on white.
@@ -60,7 +60,7 @@ class Settings:
   threshold: int = 0
   median: float = 24.0
   closing: float = 24.0
-  min_area: float = 0.05
+  min_area: float = 0.02
   max_hole: float = 0.01
   pen: bool = False
 

@@ -3,24 +3,20 @@
 import collections
 import dataclasses
 import hashlib
-import inspect
 import os
 import pathlib
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 import ml_collections
 
-from jaxtransfer import errors, files
 from jaxtransfer.data import images, manifests, slides
 from jaxtransfer.data import names as naming
 from jaxtransfer.errors import MissingSourceError, UsageError
 
 COLUMNS = ("path", "slide", "label", "group", "mpp", "mask", "site")
-_SYNTHETIC = "synthetic:slides"
-_SOURCES = f"a folder of slides, a manifest.csv or {_SYNTHETIC}"
+_SOURCES = "a folder of slides, a manifest.csv or synthetic:slides"
 # Of a file's beginning and end: what tells whether it is the same file.
 _DIGESTED = 1 << 16
 MASK_SUFFIXES = frozenset(
@@ -90,8 +86,8 @@ def open_slides(config: ml_collections.ConfigDict) -> SlideSet:
   - `<file>.csv`: a manifest with the column path or slide and, optionally,
     label, group, mpp, mask and site. Paths start in its folder. With both path
     and slide, slide is the name.
-  - `synthetic:slides?<option>=<number>&...`: drawn into the cache, once; the
-    options are those of `data.synthetic_slides.write_slides`.
+  - `synthetic:slides?<option>=<number>&...`: drawn into the cache, once, by
+    `data.synthetic_slides.write_slides`, whose options these are.
 
   Args:
     config: `config.data`: source, max_pixels and, where the job has it, masks:
@@ -108,11 +104,11 @@ def open_slides(config: ml_collections.ConfigDict) -> SlideSet:
   source = config.source
   if not source:
     raise UsageError(f"config.data.source is empty; give {_SOURCES}")
-  name, _, query = source.partition("?")
-  if name == _SYNTHETIC:
-    path = _drawn(source, query)
-  elif name.startswith("synthetic:"):
-    raise UsageError(f"config.data.source is {source}; give {_SOURCES}")
+  if source.startswith("synthetic:"):
+    # Drawing is of no use to those who have slides.
+    from jaxtransfer.data import synthetic_slides
+
+    path = synthetic_slides.cached(source)
   else:
     path = pathlib.Path(source).expanduser()
   if path.is_dir():
@@ -430,33 +426,6 @@ def _with_masks(of: SlideSet, folder: str) -> SlideSet:
       f" ({naming.shown(lacking)}); their tissue is found by colour"
     )
   return dataclasses.replace(of, masks=masks, notes=notes)
-
-
-# --- drawn slides ------------------------------------------------------------
-
-
-def _drawn(source: str, query: str) -> pathlib.Path:
-  """Returns the manifest of slides that were drawn, now or before."""
-  from jaxtransfer.data import synthetic_slides
-
-  _, *known = inspect.signature(synthetic_slides.write_slides).parameters
-  options: dict[str, int] = {}
-  for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
-    if key not in known:
-      raise UsageError(
-        f"{source}: no option {key!r}{errors.nearest(key, known)}; there are"
-        f" {', '.join(known)}"
-      )
-    if not value.isdecimal():
-      raise UsageError(f"{source}: {key} is {value!r}, not a number")
-    options[key] = int(value)
-  words = "-".join(f"{key}{options[key]}" for key in sorted(options))
-  directory = files.cache_directory("slides", words or "default")
-  manifest = directory / "manifest.csv"
-  with files.lock(directory / ".lock", wait=True):
-    if not manifest.exists():
-      synthetic_slides.write_slides(directory, **options)
-  return manifest
 
 
 # --- the same slide -----------------------------------------------------------

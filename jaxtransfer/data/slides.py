@@ -38,7 +38,7 @@ INSTALL = "pip install 'jaxtransfer[slides]'"
 # scanners state 0.2522 and people ask for 0.25.
 _COARSER = 1.01
 # Source pixels that are in memory at once.
-_MOST_PIXELS = 1 << 24
+_MOST_PIXELS = 1 << 23
 # Places closer than this to a whole pixel are there.
 _SAME = 1e-4
 

@@ -7,6 +7,7 @@ place in the grid: each is rounded alone, so that errors do not add up, and what
 is read later is what the rounded corner says (`slides.Slide.region`).
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ class Tiled:
     extent: side of a tile, likewise.
     tissue: (N,) float64, the share of each that is tissue.
     mask: (H, W) bool, where tissue is.
-    picture: (H, W, 3) uint8, the slide at that size.
+    picture: (h, w, 3) uint8, the slide made small, at least as large.
     scales: level-0 pixels in one of the mask's, along x and y.
     area: tissue, mm2.
     notes: what a user should know, a line each.
@@ -107,6 +108,7 @@ def cut(
   settings: segmentation.Settings,
   mask_mpp: float,
   mask: pathlib.Path | None = None,
+  shown: int = 0,
 ) -> Tiled:
   """Finds a slide's tissue and the tiles that lie on it.
 
@@ -117,6 +119,8 @@ def cut(
     mask_mpp: micrometres of a pixel in which it is looked for; finer where
       tiles are small.
     mask: what says where tissue is, an image or GeoJSON; None = colour.
+    shown: pixels that the longer side of the picture has at least, where the
+      slide has as many.
 
   Raises:
     SlideError: the slide cannot be read, or says no resolution.
@@ -135,13 +139,17 @@ def cut(
     )
   fine = min(mask_mpp, grid.tile * grid.mpp / _FINER)
   sides = slide.width, slide.height
-  longest = round(max(sides) * min(1.0, slide.mpp / fine))
-  picture = slide.thumbnail(max(1, longest))
-  height, width = picture.shape[:2]
+  longest = max(1, round(max(sides) * min(1.0, slide.mpp / fine)))
+  picture = _picture(slide, longest, min(shown, max(sides)))
+  share = longest / max(sides)
+  width, height = (max(1, round(share * side)) for side in sides)
   scales = sides[0] / width, sides[1] / height
   if mask is None:
+    small = Image.fromarray(picture).resize(
+      (width, height), Image.Resampling.BILINEAR
+    )
     found, about = segmentation.segment(
-      picture, slide.mpp * max(scales), settings
+      np.asarray(small), slide.mpp * max(scales), settings
     )
     notes += about
   else:
@@ -164,6 +172,17 @@ def cut(
   return Tiled(
     coords[kept], extent, tissue[kept], found, picture, scales, area, notes
   )
+
+
+def _picture(slide: slides.Slide, longest: int, shown: int) -> np.ndarray:
+  """Returns a slide made small, and smaller where its fine pixels are damaged.
+
+  A slide without small levels is decoded for it, and so is not twice.
+  """
+  if shown > longest:
+    with contextlib.suppress(slides.SlideError):
+      return slide.thumbnail(shown)
+  return slide.thumbnail(longest)
 
 
 def shares(
@@ -218,20 +237,19 @@ def sharpness(pixels: np.ndarray) -> float:
   return float(ndimage.laplace(grey, mode="nearest").var())
 
 
-def overlay(
-  picture: np.ndarray, slide: tuple[int, int], tiled: Tiled
-) -> np.ndarray:
+def overlay(slide: tuple[int, int], tiled: Tiled, longest: int) -> np.ndarray:
   """Draws the outline of the tissue and the tiles over a slide.
 
   Args:
-    picture: (H, W, 3) uint8, the slide made small.
     slide: width and height of level 0.
     tiled: what was found on it.
+    longest: pixels of the longer side, at most.
 
   Returns:
     (H, W, 3) uint8.
   """
-  image = Image.fromarray(picture)
+  image = Image.fromarray(tiled.picture)
+  image.thumbnail((longest, longest))
   draw = ImageDraw.Draw(image)
   scales = np.array(image.size) / slide
   # Thick enough to be seen where the picture is made smaller again, and thin

@@ -59,6 +59,11 @@ JOBS: dict[str, Job] = {
       divides=True,
     ),
     Job(
+      "predict",
+      "What does a network that I trained say of new images, and how good is it"
+      " there?",
+    ),
+    Job(
       "tile",
       "Where on my slides is tissue, and which tiles of it are to be looked"
       " at?",

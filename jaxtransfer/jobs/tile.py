@@ -117,8 +117,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   begun = results.Run(**workdir.begin(f"{pipeline.processors()} processors"))
   grid = plan.grid
   print(
-    f"{len(of_slides):,} slides; tiles of {grid.tile} px at {grid.mpp:g} um/px,"
-    f" {grid.tile * grid.mpp:g} um",
+    f"{len(of_slides):,} slide{'s' * (len(of_slides) != 1)}; tiles of"
+    f" {grid.tile} px at {grid.mpp:g} um/px, {grid.tile * grid.mpp:g} um",
     flush=True,
   )
   for note in of_slides.notes:
@@ -303,14 +303,13 @@ class _Work:
     plan, row = self.plan, unit.row
     with self.slides.open(row, plan.default_mpp) as slide:
       tiled = self.tiled(slide, row)
-      picture = slide.thumbnail(min(_OVERLAY, max(slide.width, slide.height)))
     kept, failures = tiled, []
     if plan.save_tiles or plan.min_sharpness:
       kept, failures = self._looked_at(unit, slide, tiled)
     segmentation.write_geojson(
       self.path / "tissue" / f"{unit.name}.geojson", tiled.polygons()
     )
-    drawn = tiling.overlay(picture, (slide.width, slide.height), kept)
+    drawn = tiling.overlay((slide.width, slide.height), kept, _OVERLAY)
     with files.atomic_path(
       self.path / "overlays" / f"{unit.name}.jpg"
     ) as temporary:
@@ -348,7 +347,9 @@ class _Work:
     """Finds the tiles of an open slide."""
     plan, mask = self.plan, self.slides.masks[row]
     try:
-      return tiling.cut(slide, plan.grid, plan.settings, plan.mask_mpp, mask)
+      return tiling.cut(
+        slide, plan.grid, plan.settings, plan.mask_mpp, mask, _OVERLAY
+      )
     except segmentation.MaskError as e:
       raise segmentation.MaskError(f"mask {mask}: {e}") from None
 

@@ -31,7 +31,8 @@ MOST_BYTES = 16 * 2**20
 
 _ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 _LONGEST = 1024  # pixels of a slide's picture
-_TILE = 160  # pixels of a tile's picture
+_QUALITY = 75
+_TILE = 144  # pixels of a tile's picture
 _RASTER = 768  # pixels of the scores that are drawn without a script
 _LEVELS = 255  # colours: a byte has one more, for what is no tile
 _COLOURS = {"sequential": "viridis", "diverging": "coolwarm"}
@@ -239,7 +240,7 @@ def _layer(view: View, frame: _Frame, label: str) -> Html:
   if view.picture is not None:
     picture = tag(
       "img",
-      src=gallery.data_uri(view.picture, _LONGEST),
+      src=gallery.data_uri(view.picture, _LONGEST, _QUALITY),
       alt=f"Slide {name}",
       class_="tissue",
     )
@@ -248,7 +249,7 @@ def _layer(view: View, frame: _Frame, label: str) -> Html:
     picture,
     tag("img", src=_overlay(view, frame, label), alt=over, class_="scores"),
     _scale_bar(view, frame),
-    class_="layer",
+    class_="layer grey" if picture else "layer bare",
     style=f"--aspect: {frame.width / frame.height:.5g}",
   )
 
@@ -269,7 +270,7 @@ def _overlay(view: View, frame: _Frame, label: str) -> str:
   levels = _levels(tile_scores.percentiles(view.shown[label]))
   # An owner of -1 takes the last: no tile.
   image = Image.fromarray(np.append(levels + 1, 0).astype(np.uint8)[owner])
-  image.putpalette(np.vstack([[[0, 0, 0]], _colours("sequential")]).tobytes())
+  image.putpalette(bytes(3) + _colours("sequential").tobytes())
   data = io.BytesIO()
   image.save(data, "PNG", transparency=0, optimize=True)
   return f"data:image/png;base64,{_base64(data.getvalue())}"
@@ -421,11 +422,16 @@ def _panel() -> Html:
       tag("canvas", class_="ramp", role="img"),
       tag("div", class_="ticks"),
       slider("threshold", "Hide below", min=0, max=1000, value=0),
+      tag("p", class_="counted minor"),
       class_="bar",
     ),
     slider("opacity", "Opacity", min=0, max=100, step=5, value=_OPACITY),
     slider("zoom", "Zoom", min=1, max=8, step="0.5", value=1),
-    tag("label", tag("input", type="checkbox", name="grey"), "Tissue in grey"),
+    tag(
+      "label",
+      tag("input", type="checkbox", name="grey", checked="checked"),
+      "Tissue in grey",
+    ),
     autocomplete="off",
     aria_label="How the scores are shown",
   )

@@ -144,7 +144,7 @@ def write_csv(path: str | os.PathLike[str], view: View) -> None:
   header = ["slide", "x", "y", "extent"]
   for label in columns:
     header += [label, f"{label}_percentile"]
-  files.write_csv(path, map(files.visible, header), _rows(view))
+  files.write_csv(path, files.visible(header), _rows(view))
 
 
 def _rows(view: View) -> Iterator[list[Any]]:

@@ -23,7 +23,9 @@ from jaxtransfer.networks import zoo
 from jaxtransfer.report import page
 from jaxtransfer.weights import loading
 from tests import typed
+from tests.data import slide_files
 from tests.extraction import drawn
+from tests.golden import draw, ours
 from tests.jobs import configs
 
 NETWORK = {
@@ -217,6 +219,46 @@ def test_stamps_layout_is_in_micrometres(written, tmp_path):
     assert f.attrs["tile_size_um"] == drawn.TILE * drawn.MPP
     np.testing.assert_allclose(f["coords"][:], drawn.places(40, 0) * drawn.MPP)
   assert _run(config, tmp_path / "run") == 1
+
+
+@pytest.mark.slow
+def test_clams_encoder_gives_clams_features(tmp_path):
+  """resnet50 cut after layer3 on tiles of a slide with CLAM's coordinates: the
+  numbers of timm's network as CLAM calls it, drawn weights in both."""
+  tiles = draw.tiles(4, 64, 0)
+  image = np.concatenate(
+    [np.concatenate(row, 1) for row in (tiles[:2], tiles[2:])]
+  )
+  corners = np.array([[0, 0], [64, 0], [0, 64], [64, 64]])
+  (tmp_path / "slides").mkdir()
+  slide_files.write_pyramid(tmp_path / "slides" / "s.tiff", [image])
+  (tmp_path / "clam" / "patches").mkdir(parents=True)
+  with h5py.File(tmp_path / "clam" / "patches" / "s.h5", "w") as f:
+    f["coords"] = corners
+    f["coords"].attrs.update({"patch_size": 64, "patch_level": 0})
+    f["coords"].attrs["downsample"] = (1.0, 1.0)
+  loading.export(ours.drawn("resnet50"), tmp_path / "w.safetensors")
+  config = configs.load("extract", "resnet50")
+  config.update_from_flattened_dict(
+    {
+      "data.source": str(tmp_path / "slides"),
+      "coords": str(tmp_path / "clam"),
+      "network.weights": str(tmp_path / "w.safetensors"),
+      "network.until": "layer3",
+      "features_dtype": "float32",
+      "batch_size": 8,
+    }
+  )
+  assert _run(config, tmp_path / "run") == 0
+  (path,) = (tmp_path / "run").rglob("s.h5")
+  # As CLAM reads it: dataset_modules/dataset_generic.py.
+  with h5py.File(path, "r") as hdf5_file:
+    features = hdf5_file["features"][:]
+    np.testing.assert_array_equal(hdf5_file["coords"][:], corners)
+  with np.load(pathlib.Path(draw.__file__).parent / "clam.npz") as arrays:
+    wanted = arrays["tiles"]
+  assert features.shape == wanted.shape == (4, 1024)
+  assert np.abs(features - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 # --- whole runs of the command -----------------------------------------------

@@ -81,10 +81,10 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     workdir.path,
   )
   notes = [*of.notes, *(note for e in networks for note in e.source.notes)]
-  extraction.store.look()
+  missing = extraction.store.look()
   if workdir.dry:
     return _preview(config, extraction, devices, workdir.path, notes)
-  if workdir.finished and not _begin_again(extraction, workdir):
+  if workdir.finished and not _begin_again(extraction, missing, workdir):
     print(f"{workdir.path} is finished; see {workdir.path}/report.html")
     return workdir.report_failures()
   begun = results.Run(**workdir.begin(str(devices)))
@@ -121,18 +121,21 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _begin_again(
-  extraction: passes.Extraction, workdir: workdirs.Workdir
+  extraction: passes.Extraction,
+  missing: Sequence[tiles.Bag],
+  workdir: workdirs.Workdir,
 ) -> bool:
   """Whether a finished run has more to do: what is new, or has failed.
 
   What has failed is tried again, by whoever comes first.
   """
   path, kept = workdir.path / "results.json", extraction.store
-  told = json.loads(path.read_text(encoding="utf-8"))["summary"]["slides"]
-  reasons = {slide["name"]: slide["reason"] for slide in told}
-  found = {one["name"]: one["reason"] for one in kept.results()}
-  if reasons == found and "failed" not in kept.settled.values():
-    return False
+  if not missing and "failed" not in kept.settled.values():
+    told = json.loads(path.read_text(encoding="utf-8"))["summary"]["slides"]
+    found = [(one["name"], one["reason"]) for one in kept.results()]
+    # Those that nobody tiled may be others than before.
+    if found == [(slide["name"], slide["reason"]) for slide in told]:
+      return False
   with files.lock(workdir.path / ".again.lock", wait=True):
     if workdir.finished:
       kept.forget_failures()

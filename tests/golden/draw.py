@@ -56,6 +56,14 @@ def images(batch: int, size: tuple[int, int], seed: int) -> np.ndarray:
   return random.normal(0, 1, (batch, 3, *size)).astype(np.float32)
 
 
+def tiles(count: int, size: int, seed: int) -> np.ndarray:
+  """Returns (count, size, size, 3) uint8 of patches and noise."""
+  random = np.random.default_rng([seed, 2])
+  coarse = random.integers(0, 200, (count, size // 8, size // 8, 3))
+  fine = np.kron(coarse, np.ones((1, 8, 8, 1), int))
+  return (fine + random.integers(0, 56, fine.shape)).astype(np.uint8)
+
+
 def labels(batch: int, classes: int, seed: int) -> np.ndarray:
   """Returns (batch,) int64 labels below `classes`."""
   return np.random.default_rng([seed, 1]).integers(0, classes, batch)

@@ -153,11 +153,15 @@ def train(
   return {**found, "losses": np.array(losses)}
 
 
-def clam(seed: int) -> np.ndarray:
-  """Returns (2, 1024) features of CLAM's default encoder, as CLAM calls it.
+def clam(seed: int) -> dict[str, np.ndarray]:
+  """Returns what CLAM's default encoder gives, as CLAM calls it.
+
+  "features", (2, 1024), are of normal numbers; "tiles", (4, 1024), of 8-bit
+  tiles that are normalised as CLAM does.
 
   Source: CLAM, models/timm_wrapper.py (TimmCNNEncoder: timm's
-    resnet50.tv_in1k, features_only, out_indices=(3,), average pooled).
+    resnet50.tv_in1k, features_only, out_indices=(3,), average pooled) and
+    utils/transform_utils.py (ToTensor, Normalize with ImageNet's).
   """
   torchvision_models()
   import timm
@@ -166,9 +170,21 @@ def clam(seed: int) -> np.ndarray:
     "resnet50.tv_in1k", features_only=True, out_indices=(3,), pretrained=False
   )
   drawn(encoder, seed).eval()
-  with torch.inference_mode():
-    (x_NCHW,) = encoder(torch.from_numpy(draw.images(2, (64, 96), seed)))
-    return torch.nn.AdaptiveAvgPool2d(1)(x_NCHW).flatten(1).numpy()
+
+  def features(images: torch.Tensor) -> np.ndarray:
+    with torch.inference_mode():
+      (x_NCHW,) = encoder(images)
+      return torch.nn.AdaptiveAvgPool2d(1)(x_NCHW).flatten(1).numpy()
+
+  tiles = torch.from_numpy(draw.tiles(4, 64, seed)).permute(0, 3, 1, 2) / 255
+  mean, std = (
+    torch.tensor(values).reshape(3, 1, 1)
+    for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+  )
+  return {
+    "features": features(torch.from_numpy(draw.images(2, (64, 96), seed))),
+    "tiles": features((tiles - mean) / std),
+  }
 
 
 def largest(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -208,7 +224,7 @@ def write_golden() -> None:
       arrays[f"{key}/largest_changes"] = largest(changes)
       arrays[f"{key}/largest"] = largest(state)
   np.savez_compressed(HERE / "train.npz", **arrays)
-  np.savez_compressed(HERE / "clam.npz", features=clam(seed=0))
+  np.savez_compressed(HERE / "clam.npz", **clam(seed=0))
 
 
 def main() -> None:

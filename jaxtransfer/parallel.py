@@ -75,6 +75,17 @@ def use_processors(batch_size: int) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
+def sharing(batch_size: int) -> list[jax.Device]:
+  """Returns as many devices as share a batch evenly: of one example, one.
+
+  Args:
+    batch_size: of a part that is computed at a time.
+  """
+  devices = jax.devices()
+  shares = range(1, min(len(devices), batch_size) + 1)
+  return devices[: max(count for count in shares if batch_size % count == 0)]
+
+
 def is_first() -> bool:
   """Whether this is the process that writes; one of several is."""
   return jax.process_index() == 0

@@ -62,7 +62,8 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     SystemExit: 143 after SIGTERM, once the state is saved.
   """
   poolings = make_plan(config)
-  devices = parallel.Devices(config.parallel)
+  together = max(1, config.batch_size // max(1, config.accumulate))
+  devices = parallel.Devices(config.parallel, parallel.sharing(together))
   training_bags.check(config, devices)
   divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   bench = pooled.Bench(config, poolings, devices, divisions, workdir.path)

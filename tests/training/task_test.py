@@ -138,7 +138,9 @@ class _Memory:
     self.lines = list(records)
 
 
-def _fit(path, memory, *, mode="jit", epochs=4, patience=0):
+def _fit(
+  path, memory, *, mode="jit", epochs=4, patience=0, stop_after=None, **changes
+):
   devices = parallel.Devices(mode, jax.devices()[:2])
   settings = loop.Settings(
     epochs=epochs,
@@ -152,6 +154,7 @@ def _fit(path, memory, *, mode="jit", epochs=4, patience=0):
     max_failures=0.0,
     patience=patience,
     unit="lines",
+    **changes,
   )
   return loop.fit(
     _Regression(devices, epochs),
@@ -159,6 +162,7 @@ def _fit(path, memory, *, mode="jit", epochs=4, patience=0):
     devices=devices,
     directory=path,
     journal=memory,
+    stop_after=stop_after,
   )
 
 
@@ -192,6 +196,36 @@ def test_patience_ends_it(tmp_path, monkeypatch):
   monkeypatch.setattr(
     _Regression, "validate", lambda self, *_: ({"loss": 1.0}, [])
   )
-  fitted = _fit(tmp_path, _Memory(), epochs=9, patience=2)
+  fitted = _fit(tmp_path / "first", _Memory(), epochs=9, patience=2)
   assert fitted.ended and fitted.epoch == 1
   assert len(loop.epochs_of(fitted.records)) == 3
+  # Not before more than five epochs; and of equals the last begins anew.
+  fitted = _fit(
+    tmp_path / "least", _Memory(), epochs=9, patience=2, least_epochs=5
+  )
+  assert fitted.epoch == 1 and len(loop.epochs_of(fitted.records)) == 6
+  fitted = _fit(tmp_path / "last", _Memory(), epochs=4, patience=2, ties="last")
+  assert fitted.epoch == 4 and len(loop.epochs_of(fitted.records)) == 4
+
+
+def test_the_last_of_equals_is_kept_with_its_numbers(tmp_path, monkeypatch):
+  """Validation is 2, 1, 1, 3: the numbers are those of the second or the third
+  epoch, and a pause does not take them away."""
+  losses = {1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}
+  seen = {}
+
+  def validate(self, numbers, failures, stop):
+    seen[len(seen) + 1] = np.asarray(numbers[0]["slope.kernel"])
+    return {"loss": losses[len(seen)]}, []
+
+  monkeypatch.setattr(_Regression, "validate", validate)
+  for ties, best in (("first", 2), ("last", 3)):
+    seen.clear()
+    path = tmp_path / ties
+    # Between two checkpoints lies more time than the training takes.
+    about = {"ties": ties, "checkpoint_seconds": 1e9}
+    paused = _fit(path, _Memory(), stop_after=3, **about)
+    assert not paused.ended and paused.epoch == best
+    fitted = _fit(path, _Memory(), **about)
+    assert fitted.ended and fitted.epoch == best and len(seen) == 4
+    np.testing.assert_array_equal(fitted.numbers[0]["slope.kernel"], seen[best])

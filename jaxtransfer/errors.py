@@ -10,6 +10,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def listed(items: Sequence[str], comma: str = ",") -> str:
+  """Returns items as a sentence lists them: `a, b, and c`.
+
+  Args:
+    items: what to list.
+    comma: what stands between them; ";" where they hold commas.
+  """
+  if len(items) < 3:
+    return (f"{comma} and " if comma == ";" else " and ").join(items)
+  return f"{comma} ".join([*items[:-1], f"and {items[-1]}"])
+
+
 class UsageError(ValueError):
   """A mistake found before any work: a bad flag, config, file or name.
 

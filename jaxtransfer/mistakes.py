@@ -266,7 +266,7 @@ def _unknown(key: str, config: ml_collections.ConfigDict) -> str:
       having = [job for job, of_job in others.items() if other in of_job]
       it = "it" if other == key else other
       return (
-        f"{message}: {it} is a key of {' and '.join(having)}, not of"
+        f"{message}: {it} is a key of {errors.listed(having)}, not of"
         f" {config.job}"
       )
   return f"{message}; jaxtransfer --help {config.job} lists its keys"

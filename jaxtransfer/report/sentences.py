@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtransfer import results
+from jaxtransfer import errors, results
 from jaxtransfer.report import tables
 from jaxtransfer.report.tables import Measurements
 
@@ -217,14 +217,16 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
     f"{of['images']:,} {of['name']}"
     for of in sorted(summary["called"], key=lambda of: -of["images"])
   ]
-  said = f"{_and(shares[:_TOLD])}" + (" and others" if shares[_TOLD:] else "")
+  said = f"{errors.listed(shares[:_TOLD])}" + (
+    " and others" if shares[_TOLD:] else ""
+  )
   if not labelled:
     return (
       f"Of {images:,} images {what} calls {said}. No label is known, so"
       " nothing can be said of how often it is right here."
     )
   told = [_number(scores[m], "value", m) for m in ("auroc", "accuracy")]
-  text = f"{what} gives {_and(told)} on {labelled:,} labelled images"
+  text = f"{what} gives {errors.listed(told)} on {labelled:,} labelled images"
   if labelled < images:
     text += f" of {images:,}"
   sentences = [f"{text}."]
@@ -341,7 +343,7 @@ def _with_doubts(
 ) -> str:
   if doubts:
     doubts = [*doubts, *filter(None, [late])]
-    sentences = [f"{lead}: {_and(doubts, ';')}.", *sentences]
+    sentences = [f"{lead}: {errors.listed(doubts, ';')}.", *sentences]
   elif late:
     sentences = [*sentences, f"{late[0].upper()}{late[1:]}."]
   return " ".join(sentences)
@@ -450,7 +452,7 @@ def _not_found(
   more = len(missed) - _NAMED
   if more > 0:
     parts.append(f"hardly finds {more:,} more class{'es' * (more > 1)}")
-  return f"{name} {_and(parts)}"
+  return f"{name} {errors.listed(parts)}"
 
 
 def _mean(row: Row, metric: str) -> float | None:
@@ -495,13 +497,6 @@ def _signed(difference: Mapping[str, float | None]) -> str:
     for key in ("value", "low", "high")
   )
   return f"{value} [{low}, {high}]"
-
-
-def _and(items: Sequence[str], comma: str = ",") -> str:
-  """Returns items as a sentence lists them."""
-  if len(items) < 3:
-    return (f"{comma} and " if comma == ";" else " and ").join(items)
-  return f"{comma} ".join([*items[:-1], f"and {items[-1]}"])
 
 
 def of_extract(summary: Mapping[str, Any]) -> str:

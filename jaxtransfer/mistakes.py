@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from jaxtransfer import configuration, jobs
+from jaxtransfer import configuration, errors, jobs
 from jaxtransfer.errors import UsageError
 
 # What other tools call our keys, by the last part of their name.

@@ -77,6 +77,7 @@ def get_config(preset: str = "histotransfer") -> ml_collections.ConfigDict:
   config.data.features = ""  # folders of feature files, with commas between
   config.data.max_failures = 0.1  # share of slides that may lack features
   config.data.few_shot = 0  # train slides of each class; 0 = all
+  config.data.slides = ""  # their own files: a folder or CSV; "" = data.source
   config.data.workers = 0  # processes that read slides; 0 = threads
   config.data.max_pixels = 100_000_000  # of a picture decoded whole
   config.data.cache = 4.0  # GB of features kept in memory; the rest is reread
@@ -94,6 +95,7 @@ def get_config(preset: str = "histotransfer") -> ml_collections.ConfigDict:
   config.patience = 0  # epochs without a better one that end it; 0 = any
   config.least_epochs = 0  # those before patience ends it
   config.checkpoint_seconds = 30.0  # between two checkpoints, at least
+  config.heatmaps = 12  # slides on the page with their tiles; 0 = none
   config.tile_scores = True  # writes attention/, of every tile of tested slides
 
   config.pooling = ml_collections.ConfigDict()
@@ -105,7 +107,6 @@ def get_config(preset: str = "histotransfer") -> ml_collections.ConfigDict:
 
   config.topk = ml_collections.ConfigDict()
   config.topk.tiles = 0  # of each slide that train its encoder; 0 = none, or 64
-  config.topk.slides = ""  # the slides' files: a folder, CSV; "" = data.source
   config.topk.weights = ""  # of the encoders; "" = as their files call them
   config.topk.epochs = 20  # at most
   config.topk.learning_rate = 1e-5  # of encoder and pooling network

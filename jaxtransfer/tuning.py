@@ -18,12 +18,11 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from jaxtransfer import errors, files, parallel
+from jaxtransfer import errors, files, heatmaps, parallel
 from jaxtransfer.data import (
   bags,
   feature_files,
   preprocess,
-  slide_sets,
   tile_reading,
   tiles,
 )
@@ -189,26 +188,18 @@ class Tuning:
     devices: parallel.Devices,
   ):
     self._config, self._devices, self._bags = config, devices, source
-    data = config.data
+    of_slides = heatmaps.Slides(config.data)
+    self._paths = of_slides.paths
+    where = config.data.slides or config.data.source
     self._data = ml_collections.ConfigDict(
-      {
-        "source": config.topk.slides or data.source,
-        "max_pixels": data.max_pixels,
-        "image_size": 0,
-      }
+      {"source": where, "max_pixels": config.data.max_pixels, "image_size": 0}
     )
-    of_slides = slide_sets.open_slides(self._data)
-    # As tables name them, with a suffix or without.
-    self._paths = {
-      bags.bare(name): path
-      for name, path in zip(of_slides.names, of_slides.paths, strict=True)
-    }
-    missing = [name for name in source.names if name not in self._paths]
-    if missing:
+    if missing := of_slides.missing(source.names):
       raise errors.UsageError(
-        f"config.topk.slides: {self._data.source} has no slide {missing[0]}"
-        f" ({len(missing):,} of {len(source):,} are missing); fine-tuning reads"
-        " their pixels"
+        f"config.topk.tiles is {config.topk.tiles}, which needs the slides' own"
+        f" files, but {where} does not say where {missing[0]} is"
+        f" ({len(missing):,} of {len(source):,} are missing); name their folder"
+        " or a CSV with the column path: --config.data.slides=..."
       )
     self.frozen = [self._open(encoder) for encoder in source.encoders]
 
@@ -275,7 +266,7 @@ class Tuning:
             f" make the features in {of.encoder.folder} out of"
             f" {self._paths[self._bags.names[row]]}: other weights"
             " (config.topk.weights), another seed of random ones, or other"
-            " slides (config.topk.slides)"
+            " slides (config.data.slides)"
           )
         break
 

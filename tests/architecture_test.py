@@ -38,6 +38,7 @@ ALLOWED = {
     "extraction",
     "features",
     "files",
+    "heatmaps",
     "hosts",
     "inference",
     "measure",

@@ -11,8 +11,8 @@ Source: the frozen stage of HistoTransfer (Sharma et al., arXiv 2106.07068), on
 """
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import ml_collections
 import numpy as np
@@ -21,6 +21,7 @@ from jaxtransfer import (
   configuration,
   errors,
   files,
+  heatmaps,
   parallel,
   pooled,
   predictions,
@@ -65,6 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   together = max(1, config.batch_size // max(1, config.accumulate))
   devices = parallel.Devices(config.parallel, parallel.sharing(together))
   training_bags.check(config, devices)
+  of_slides = heatmaps.Slides(config.data)
   divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   bench = pooled.Bench(config, poolings, devices, divisions, workdir.path)
   if workdir.dry:
@@ -85,8 +87,28 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
       return workdir.report_failures()
     left, told = _report(bench, begun)
     predictions.write(workdir.path / "predictions.csv", told)
-    page.write(workdir.path, left)
+    page.write(workdir.path, left, views=_views(bench, of_slides, left))
     return workdir.finish(left)
+
+
+def _views(
+  bench: pooled.Bench, of_slides: heatmaps.Slides, left: results.Results
+) -> Iterator[heatmaps.View]:
+  """Returns tested slides of the chosen encoder with what its tiles scored."""
+  config, summary = bench.config, cast(results.Slides, left["summary"])
+  if not config.heatmaps or not config.tile_scores:
+    return iter(())
+  name = next(line["name"] for line in summary["table"] if line["chosen"])
+  row = next(row for row in bench.rows if row.name == name)
+  told = [bench.predicted(row, unit) for unit in row.of_seed(summary["seed"])]
+  rows = np.concatenate([of.rows for of in told])
+  chosen = heatmaps.choose(
+    bench.bags.labels[rows],
+    np.concatenate([of.probabilities for of in told]),
+    config.heatmaps,
+  )
+  names = [bench.bags.names[i] for i in rows[chosen].tolist()]
+  return heatmaps.views(bench.path, name, names, of_slides)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -119,6 +141,7 @@ def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
       f" {config.pooling.embedding} and {config.pooling.attention}; widths are"
       " whole numbers above 0"
     )
+  errors.check_range("heatmaps", config.heatmaps, least=0, most=1000)
   for key in ("dropout", "attention_dropout"):
     share = config.pooling[key]
     optimisers.check_range(f"pooling.{key}", share, least=0, below=1)

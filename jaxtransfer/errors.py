@@ -10,6 +10,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def listed(names: Sequence[str]) -> str:
+  """Returns names as a sentence lists them: a, b and c."""
+  *others, last = names
+  return f"{', '.join(others)} and {last}" if others else last
+
+
 class UsageError(ValueError):
   """A mistake found before any work: a bad flag, config, file or name.
 

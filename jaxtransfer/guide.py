@@ -80,7 +80,7 @@ def _help() -> str:
     groups.setdefault(tuple(of_jobs), []).append(key)
   for of_jobs in sorted(groups, key=lambda names: -len(names)):
     every = len(of_jobs) == len(jobs.JOBS)
-    of = "every job" if every else " and ".join(of_jobs)
+    of = "every job" if every else errors.listed(of_jobs)
     parts += ["", f"Keys of {of}, with what they are unless told otherwise:"]
     parts += _of_keys(groups[of_jobs])
   return "\n".join(parts)

@@ -12,7 +12,7 @@ import ml_collections
 from absl import flags
 
 from jaxtransfer import configuration, jobs
-from jaxtransfer.errors import UsageError
+from jaxtransfer.errors import UsageError, listed
 
 # What other tools call our keys, by the last part of their name.
 _CALLED = {
@@ -258,8 +258,7 @@ def _unknown(key: str, config: ml_collections.ConfigDict) -> str:
       having = [job for job, of_job in others.items() if other in of_job]
       it = "it" if other == key else other
       return (
-        f"{message}: {it} is a key of {' and '.join(having)}, not of"
-        f" {config.job}"
+        f"{message}: {it} is a key of {listed(having)}, not of {config.job}"
       )
   return f"{message}; jaxtransfer --help {config.job} lists its keys"
 

@@ -57,6 +57,33 @@ ALLOWED = {
     "weights",
     "workdir",
   },
+  "attention": {"data"},
+  "trainings": {
+    "errors",
+    "files",
+    "hosts",
+    "parallel",
+    "progress",
+    "training",
+    "units",
+    "workdir",
+  },
+  "pooled": {
+    "attention",
+    "data",
+    "errors",
+    "files",
+    "measure",
+    "networks",
+    "parallel",
+    "predictions",
+    "progress",
+    "results",
+    "training",
+    "trainings",
+    "units",
+    "weights",
+  },
 }
 
 

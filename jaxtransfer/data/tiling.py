@@ -10,7 +10,9 @@ is read later is what the rounded corner says (`slides.Slide.region`).
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -222,6 +224,51 @@ def shares(
   covered = until(coords + right + down) - until(coords + right)
   covered += until(coords) - until(coords + down)
   return covered * scales[0] * scales[1] / extent**2
+
+
+def each_tile(
+  open_slide: Callable[[], slides.Slide],
+  tiled: Tiled,
+  size: int,
+  look: Callable[[np.ndarray, int], bool],
+  readers: int,
+) -> list[bool | str]:
+  """Reads all tiles of a slide, in threads that have a handle each.
+
+  Args:
+    open_slide: opens it.
+    tiled: the tiles.
+    size: of each, pixels.
+    look: does something with a tile, (size, size, 3) uint8, and its number.
+    readers: how many threads.
+
+  Returns:
+    What `look` returned for each, or why it cannot be read.
+  """
+  coords = tiled.coords.tolist()
+  found: list[bool | str] = [""] * len(coords)
+  stopped = threading.Event()
+
+  def read(tiles: Sequence[int]) -> None:
+    with open_slide() as slide:
+      for i in tiles:
+        if stopped.is_set():
+          return
+        x, y = coords[i]
+        try:
+          found[i] = look(slide.region(x, y, tiled.extent, size), i)
+        except slides.SlideError as e:
+          found[i] = str(e)
+
+  # Neighbours are read by one, who has decoded what they share.
+  parts = [p for p in np.array_split(np.arange(len(coords)), readers) if len(p)]
+  with futures.ThreadPoolExecutor(readers) as pool:
+    try:
+      for done in [pool.submit(read, part.tolist()) for part in parts]:
+        done.result()
+    finally:
+      stopped.set()
+  return found
 
 
 def sharpness(pixels: np.ndarray) -> float:

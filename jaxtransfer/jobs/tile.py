@@ -10,10 +10,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -373,7 +371,7 @@ class _Work:
     if plan.save_tiles:
       whole = files.atomic_directory(folder)
     with whole as temporary:
-      found = _each_tile(
+      found = tiling.each_tile(
         lambda: self.slides.open(unit.row, plan.default_mpp),
         tiled,
         plan.grid.tile,
@@ -449,51 +447,6 @@ def _size(path: pathlib.Path) -> int:
     return path.stat().st_size
   except OSError:
     return 0
-
-
-def _each_tile(
-  open_slide: Callable[[], slides.Slide],
-  tiled: tiling.Tiled,
-  size: int,
-  look: Callable[[np.ndarray, int], bool],
-  readers: int,
-) -> list[bool | str]:
-  """Reads all tiles of a slide, in threads that have a handle each.
-
-  Args:
-    open_slide: opens it.
-    tiled: the tiles.
-    size: of each, pixels.
-    look: does something with a tile, (size, size, 3) uint8, and its number.
-    readers: how many threads.
-
-  Returns:
-    What `look` returned for each, or why it cannot be read.
-  """
-  coords = tiled.coords.tolist()
-  found: list[bool | str] = [""] * len(coords)
-  stopped = threading.Event()
-
-  def read(tiles: Sequence[int]) -> None:
-    with open_slide() as slide:
-      for i in tiles:
-        if stopped.is_set():
-          return
-        x, y = coords[i]
-        try:
-          found[i] = look(slide.region(x, y, tiled.extent, size), i)
-        except slides.SlideError as e:
-          found[i] = str(e)
-
-  # Neighbours are read by one, who has decoded what they share.
-  parts = [p for p in np.array_split(np.arange(len(coords)), readers) if len(p)]
-  with futures.ThreadPoolExecutor(readers) as pool:
-    try:
-      for done in [pool.submit(read, part.tolist()) for part in parts]:
-        done.result()
-    finally:
-      stopped.set()
-  return found
 
 
 # --- what is left ------------------------------------------------------------

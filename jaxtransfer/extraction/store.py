@@ -165,13 +165,13 @@ class Store(units.Units):
       if others:
         names = naming.shown([path.stem for path in others])
         self.notes.append(
-          f"{folder} holds files of {len(others):,} {what} that are not in the"
-          f" source: {names}"
+          f"{folder} holds files of {what} that are not in the source,"
+          f" {len(others):,}: {names}"
         )
     if self._damaged:
       names = naming.shown(sorted(map(str, self._damaged)))
       self.notes.append(
-        f"{len(self._damaged):,} files were damaged and are made again: {names}"
+        f"damaged files, {len(self._damaged):,}, are made again: {names}"
       )
     return missing
 

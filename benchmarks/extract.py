@@ -45,7 +45,12 @@ def ours(settings: dict) -> dict:
   parallel.cache_programs()
   parallel.use_processors(settings["batch"])
   config = ml_collections.ConfigDict(
-    {"source": settings["slides"], "image_size": 0, "max_pixels": 10**8}
+    {
+      "source": settings["slides"],
+      "task": "",
+      "image_size": 0,
+      "max_pixels": 10**8,
+    }
   )
   of = tiles.open_tiles(config, settings["coords"])
   started = time.perf_counter()

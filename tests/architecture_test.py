@@ -29,6 +29,17 @@ ALLOWED = {
     "results",
     "signals",
   },
+  "extraction": {
+    "data",
+    "errors",
+    "files",
+    "inference",
+    "networks",
+    "parallel",
+    "progress",
+    "units",
+    "weights",
+  },
   "predictions": {"data", "files", "measure", "report"},
   "jobs": {
     "configuration",

@@ -151,3 +151,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     (temporary / "2").write_text("new")
   assert [file.name for file in path.iterdir()] == ["2"]
   assert [file.name for file in path.parent.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+  "text", ["", ".", "..", "a/b", "a\\b", "\0", ".hid", "é" * 300, "\udcff"]
+)
+def test_any_text_can_name_a_file(text, tmp_path):
+  """In one folder, not hidden, and the same name for the same text."""
+  name = files.safe_name(text)
+  assert name == files.safe_name(text)
+  (tmp_path / f"{name}.h5").write_text("there")
+  assert [p.name for p in tmp_path.glob("[!.]*")] == [f"{name}.h5"]
+
+
+def test_a_name_stays_as_it_is():
+  for name in ("TCGA-02-0010.a", "slide 7 (copy)", "Präparat", "a" * 200):
+    assert files.safe_name(name) == name
+  assert files.safe_name("a" * 201) != files.safe_name("a" * 202)

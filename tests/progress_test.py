@@ -90,3 +90,12 @@ def test_on_a_terminal_the_bar_shows_the_last_words(capsys, monkeypatch):
     bar.tell("validation auroc 0.912")
   assert "validation auroc 0.912" in terminal.getvalue()
   assert "1/2" in terminal.getvalue() and not capsys.readouterr().out
+
+
+def test_what_stands_beside_the_count_is_told_with_it(capsys, monkeypatch):
+  monkeypatch.setattr(progress, "_FIRST", 0.0)
+  with progress.Progress("encoding", "tiles", 100) as bar:
+    bar.beside = "3 of 60 slides"
+    bar.update(20)
+  told = capsys.readouterr().out
+  assert "encoding: 20 of 100 tiles, 3 of 60 slides" in told

@@ -132,3 +132,23 @@ def test_a_unit_that_raises_stays_open(tmp_path):
   assert units.state(unit) == "open"
   with files.lock(units.directory(unit) / ".lock", wait=False) as lock:
     assert lock
+
+
+def test_claims_are_locked_until_they_are_closed_and_waited_for(tmp_path):
+  """Two may be held at once; what another process has is asked for again, and
+  is over once it has done it."""
+  mine, other = Units(tmp_path), Units(tmp_path)
+  wanted = [Unit("a"), Unit("b"), Unit("c")]
+  theirs = other.claims(wanted)
+  first, holder = next(theirs)
+  claims = mine.claims(wanted)
+  found = [next(claims), next(claims)]
+  assert [first.name, *(unit.name for unit, _ in found)] == ["a", "b", "c"]
+  assert next(claims) is None and next(claims) is None
+  for unit, held in found:
+    files.write_json(mine.directory(unit) / "done.json", {})
+    held.close()
+  files.write_json(other.directory(first) / "done.json", {})
+  assert next(claims, "over") == "over"
+  holder.close()
+  assert next(theirs, "over") == "over"

@@ -225,7 +225,7 @@ class Readers:
   def __init__(self, reader: "Keyed", workers: int):
     self.count = workers or processors()
     self._processes = _Processes(reader, workers) if workers else None
-    self._reader = self._processes or reader
+    self._reader = reader if self._processes is None else self._processes
     self._pool = futures.ThreadPoolExecutor(
       self.count, thread_name_prefix="read"
     )

@@ -263,6 +263,11 @@ def open_tiles(
 
 
 def _open_slides(config: ml_collections.ConfigDict, folder: str) -> TileSet:
+  if config.task:
+    raise UsageError(
+      f"config.data.task is {config.task!r}, which is of manifests of images;"
+      " with config.coords leave it out"
+    )
   of_slides = slide_sets.open_slides(config)
   found = _coords_files(folder)
   bags, absent, geometries = [], {}, {}
@@ -309,13 +314,13 @@ def _open_slides(config: ml_collections.ConfigDict, folder: str) -> TileSet:
   notes = list(of_slides.notes)
   if found:
     notes.append(
-      f"coords of {len(found):,} slides that are not in {config.source} are not"
-      f" used: {naming.shown(list(found))}"
+      f"coords of no slide in {config.source} are not used, {len(found):,}:"
+      f" {naming.shown(list(found))}"
     )
   empty = [bag.name for bag in bags if not bag.count]
   if empty:
     notes.append(
-      f"{len(empty):,} slides have no tiles, and files without a row:"
+      f"without a tile, and so with files without a row, {len(empty):,}:"
       f" {naming.shown(empty)}"
     )
   return TileSet(bags, Reader(size), size, "slides", tile, mpp, absent, notes)

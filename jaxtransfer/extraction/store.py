@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 from jaxtransfer import errors, files, progress, units
@@ -21,6 +22,8 @@ LAYOUTS = ("trident", "stamp")
 # Batches that a bag must fill to be a unit of its own, and those of a packet:
 # the last batch of a unit is padded.
 _ALONE, _TOGETHER = 4, 16
+# Files that are looked into at the same time.
+_LOOKS = 16
 # What must be equal of two files for their features to compare.
 _DECIDING = (
   *("network", "cut", "weights_sha256", "normalisation"),
@@ -150,9 +153,13 @@ class Store(units.Units):
     self.settled.clear()
     self._damaged.clear()
     missing = []
-    with progress.Progress("looking into files", what, len(bags)) as bar:
-      for bag in bags:
-        if self.is_open(bag):
+    # On a network file system a look is a round trip.
+    with (
+      progress.Progress("looking into files", what, len(bags)) as bar,
+      futures.ThreadPoolExecutor(_LOOKS) as pool,
+    ):
+      for bag, is_open in zip(bags, pool.map(self.is_open, bags), strict=True):
+        if is_open:
           missing.append(bag)
         bar.update()
     self.notes = []
@@ -165,13 +172,13 @@ class Store(units.Units):
       if others:
         names = naming.shown([path.stem for path in others])
         self.notes.append(
-          f"{folder} holds files of {len(others):,} {what} that are not in the"
-          f" source: {names}"
+          f"{folder} holds files of {what} that are not in the source,"
+          f" {len(others):,}: {names}"
         )
     if self._damaged:
       names = naming.shown(sorted(map(str, self._damaged)))
       self.notes.append(
-        f"{len(self._damaged):,} files were damaged and are made again: {names}"
+        f"damaged files, {len(self._damaged):,}, are made again: {names}"
       )
     return missing
 
@@ -195,22 +202,25 @@ class Store(units.Units):
     Raises:
       UsageError: one of them is of other settings, or of other tiles.
     """
-    if bag not in self.settled:
-      digest = bag.digest
-      failed = self._record(bag, "failed")
-      done = self._record(bag, "done")
-      found = [
-        self._look_into(output, self.file(output, bag), digest)
-        for output in self.outputs
-      ]
-      if failed and failed["tiles_sha256"] == digest:
-        self.settled[bag] = "failed"
-      elif (
-        done
-        and done["tiles_sha256"] == digest
-        and all(file and file.count == done["tiles"] for file in found)
-      ):
-        self.settled[bag] = "done"
+    if bag in self.settled:
+      return False
+    failed, done = self._record(bag, "failed"), self._record(bag, "done")
+    paths = {output: self.file(output, bag) for output in self.outputs}
+    if not (failed or done or any(map(pathlib.Path.exists, paths.values()))):
+      # Its slide need not be read to know that.
+      return True
+    found = [
+      self._look_into(output, path, bag.digest)
+      for output, path in paths.items()
+    ]
+    if failed and failed["tiles_sha256"] == bag.digest:
+      self.settled[bag] = "failed"
+    elif (
+      done
+      and done["tiles_sha256"] == bag.digest
+      and all(file and file.count == done["tiles"] for file in found)
+    ):
+      self.settled[bag] = "done"
     return bag not in self.settled
 
   def _record(self, bag: tiles.Bag, kind: str) -> dict[str, Any] | None:

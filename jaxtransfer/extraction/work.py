@@ -22,6 +22,8 @@ from jaxtransfer.data import feature_files, pipeline, tile_reading, tiles
 from jaxtransfer.data.slides import SlideError
 from jaxtransfer.extraction.store import Packet, Store, failed
 
+# Bags of a packet that are opened at the same time.
+_OPENED = 8
 # Units whose files are being written while others are computed.
 _WRITTEN = 2
 
@@ -80,12 +82,14 @@ class Work:
     self._failed: dict[int, str] = {}
     self._places: dict[int, tiles.Places] = {}
     self._spools: dict[str, Spool] = {}
-    for i, bag in enumerate(packet.bags):
-      if store.is_open(bag):
-        try:
-          self._places[i] = bag.open()
-        except SlideError as e:
-          self._failed[i] = str(e)
+    wanted = [i for i, bag in enumerate(packet.bags) if store.is_open(bag)]
+    with futures.ThreadPoolExecutor(_OPENED) as pool:
+      opened = pool.map(_open, [packet.bags[i] for i in wanted])
+      for i, places in zip(wanted, opened, strict=True):
+        if isinstance(places, str):
+          self._failed[i] = places
+        else:
+          self._places[i] = places
 
   @property
   def complete(self) -> bool:
@@ -230,6 +234,14 @@ class Work:
       "dropped": [[*places.named(tile), reason] for tile, reason in dropped],
       "reason": "",
     }
+
+
+def _open(bag: tiles.Bag) -> tiles.Places | str:
+  """Returns where a bag's tiles are, or why it cannot be used."""
+  try:
+    return bag.open()
+  except SlideError as e:
+    return str(e)
 
 
 def _why_not_finite(folder: str, dtype: np.dtype) -> str:

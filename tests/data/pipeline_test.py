@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from jaxtransfer.data import pipeline, sources
+from jaxtransfer.data import pipeline, sources, tile_reading
 from jaxtransfer.errors import RunError
 from tests.data.counting import Numbers, Witness
 
@@ -436,3 +436,23 @@ class _Config:
 
   def __init__(self, **values):
     self.__dict__.update(values)
+
+
+@pytest.mark.slow
+def test_parts_are_read_by_key_in_threads_or_processes():
+  """The same by both, in any order; a process that ends is said."""
+  examples = Numbers(10, broken=[3])
+  reader = tile_reading.Reader(8, examples)
+  for workers in (0, 2):
+    with pipeline.Readers(reader, workers) as readers:
+      parts = [readers.submit([row, 3]) for row in (7, 0, 9)]
+      found = [part.result() for part in parts]
+    assert [int(read.pixels[0, 0, 0, 0]) for read in found] == [7, 0, 9]
+    assert all(read.reasons[1] and not read.reasons[0] for read in found)
+  witness = tile_reading.Reader(4, Witness(100))
+  with pipeline.Readers(witness, 1) as readers:
+    pixels = readers.submit([5]).result().pixels[0]
+    # In a process without JAX.
+    assert pixels[0, 0, 2] == 0
+    with pytest.raises(RunError, match="exit code 7"):
+      readers.submit([99]).result()

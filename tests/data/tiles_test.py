@@ -146,8 +146,8 @@ def test_coords_of_no_slide_and_slides_without_tiles_are_told(tmp_path):
   (root / "slides" / "c.tiff").unlink()
   of = _open(root / "slides", root / "coords")
   assert [bag.name for bag in of.bags] == ["a", "b"]
-  assert any("1 slides that are not in" in note for note in of.notes)
-  assert any("1 slides have no tiles" in note for note in of.notes)
+  assert any("not used, 1: c" in note for note in of.notes)
+  assert any("files without a row, 1: b" in note for note in of.notes)
 
 
 def test_a_digest_knows_a_slide_and_its_tiles(tmp_path):

@@ -92,9 +92,22 @@ ALLOWED = {
     "results",
     "training",
     "trainings",
+    "tuning",
     "units",
     "weights",
   },
+  "tuning": {
+    "data",
+    "errors",
+    "extraction",
+    "files",
+    "heatmaps",
+    "networks",
+    "parallel",
+    "training",
+    "weights",
+  },
+  "heatmaps": {"attention", "data", "errors", "files", "report"},
 }
 
 

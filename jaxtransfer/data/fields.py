@@ -60,10 +60,12 @@ class Field:
     """Returns (len(y), len(x)) float32 on the grid of these places."""
     first_x, weights_x = drawing.spline(x / self._spacing)
     first_y, weights_y = drawing.spline(y / self._spacing)
-    columns = np.arange(first_x[0], first_x[-1] + 4)
-    rows = np.arange(first_y[0], first_y[-1] + 4)[:, None]
-    knots = self._knots(columns, rows)
-    at_y, at_x = first_y - first_y[0], first_x - first_x[0]
+    # Those that are needed, which are few also where a grid is coarse.
+    columns = np.unique(first_x + np.arange(4)[:, None])
+    rows = np.unique(first_y + np.arange(4)[:, None])
+    knots = self._knots(columns, rows[:, None])
+    at_x = np.searchsorted(columns, first_x)
+    at_y = np.searchsorted(rows, first_y)
     # The few rows of knots first: whole lines are then copied.
     lines = weights_x[0] * knots[:, at_x]
     for k in range(1, 4):

@@ -78,16 +78,27 @@ class _Recipe:
     site = np.arange(self.patients) % self.sites
     # Evenly within every site, whose patients follow each other here.
     order = np.lexsort([rng.random(self.patients), site])
-    taken = np.floor(np.arange(self.patients + 1) * self.positive + 0.5)
     positive = np.zeros(self.patients, bool)
-    positive[order] = np.diff(taken) > 0
-    places = rng.permutation((_MOST_SLIDES - 1) * self.patients)
-    more = places[: self.slides - self.patients] % self.patients
-    patient = np.sort(np.concatenate([np.arange(self.patients), more]))
+    positive[order] = _spread(self.positive, self.patients)
+    # A second and a third slide, evenly over sites and labels.
+    order = np.lexsort([rng.random(self.patients), positive, site])
+    more = self.slides - self.patients
+    third = max(more // 3, more - self.patients)
+    count = np.ones(self.patients, int)
+    for number in (more - third, third):
+      several = order[count[order] == count.max()]
+      count[several] += _spread(number / len(several), len(several))
+    patient = np.repeat(np.arange(self.patients), count)
     return [
       _Slide(f"slide_{i:04d}", int(p), int(site[p]), bool(positive[p]))
       for i, p in enumerate(patient)
     ]
+
+
+def _spread(share: float, count: int) -> np.ndarray:
+  """Returns (count,) bool of which a share is true, evenly along it."""
+  taken = np.floor(np.arange(count + 1) * share + 0.5)
+  return np.diff(taken) > 0
 
 
 def parse(source: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_nuclei_of_a_lesion_are_larger_than_any_others():
 
 
 @pytest.mark.parametrize("positive", [0.5, 0.3])
-def test_labels_are_of_patients_and_alike_at_every_site(tmp_path, positive):
+def test_labels_are_of_patients_and_alike_at_every_site(positive):
   """One to three slides each, and a site that says nothing of the label."""
   recipe = synthetic_slides._checked(120, 60, 3, 512, positive, seed=4)
   slides = recipe.plan()
@@ -143,6 +143,18 @@ def test_labels_are_of_patients_and_alike_at_every_site(tmp_path, positive):
     labels = [label for at, label in firsts if at == site]
     assert len(labels) == 20
     assert abs(sum(labels) - 20 * positive) <= 1
+    of_slides = [slide.positive for slide in slides if slide.site == site]
+    assert abs(len(of_slides) - 40) <= 3
+    assert abs(np.mean(of_slides) - positive) < 0.06
+
+
+@pytest.mark.parametrize("slides", range(7, 22))
+def test_any_number_of_slides_is_shared_out(slides):
+  """From one for each of seven patients to three."""
+  recipe = synthetic_slides._checked(slides, 7, 2, 512, 0.5, seed=1)
+  counts = collections.Counter(slide.patient for slide in recipe.plan())
+  assert sum(counts.values()) == slides
+  assert len(counts) == 7 and max(counts.values()) <= 3
 
 
 def test_sites_differ_in_scanner_and_stain(small):

@@ -62,7 +62,7 @@ def _config(job, manifest):
   return config
 
 
-@pytest.mark.parametrize("job", jobs.JOBS)
+@pytest.mark.parametrize("job", SMALL)
 def test_a_dry_run_tells_what_a_run_would_do_and_writes_nothing(
   job, manifest, tmp_path, capsys
 ):

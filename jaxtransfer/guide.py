@@ -81,7 +81,8 @@ def _help() -> str:
   for of_jobs in sorted(groups, key=lambda names: -len(names)):
     every = len(of_jobs) == len(jobs.JOBS)
     of = "every job" if every else errors.listed(of_jobs)
-    parts += ["", f"Keys of {of}, with what they are unless told otherwise:"]
+    words = f"Keys of {of}, with what they are unless told otherwise:"
+    parts += ["", *textwrap.wrap(words, _width())]
     parts += _of_keys(groups[of_jobs])
   return "\n".join(parts)
 
@@ -152,11 +153,10 @@ def _of_keys(keys: Iterable[tuple[str, str, str]]) -> list[str]:
 
 def _entry(name: str, words: str, column: int = 32) -> str:
   """Returns a name and, beside or below it, what is said of it."""
-  width = min(100, shutil.get_terminal_size((80, 24)).columns)
   blank = " " * column
   text = textwrap.fill(
     words,
-    width,
+    _width(),
     initial_indent=blank,
     subsequent_indent=blank,
     # An address is to be copied.
@@ -167,6 +167,10 @@ def _entry(name: str, words: str, column: int = 32) -> str:
   if len(name) < column:
     return name + text[len(name) :]
   return f"{name}\n{text}" if text else name
+
+
+def _width() -> int:
+  return min(100, shutil.get_terminal_size((80, 24)).columns)
 
 
 def _version() -> str:

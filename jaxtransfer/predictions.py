@@ -46,7 +46,7 @@ def of_logits(
   logits: np.ndarray,
   temperature: float,
   tap: str,
-  seed: int,
+  seed: int | None,
 ) -> Predictions:
   """Returns what a network says, its probabilities calibrated.
 
@@ -56,7 +56,7 @@ def of_logits(
     logits: (N, C) float32.
     temperature: that they are divided by.
     tap: the last layer kept.
-    seed: which repeat it is of.
+    seed: which repeat it is of; None where there is one.
   """
   probabilities = scoring.probabilities(
     logits, multilabel=data.multilabel, temperature=temperature
@@ -93,14 +93,14 @@ def _lines(of: Predictions) -> Iterator[list[str | int | float | None]]:
 
 
 class Decisions(NamedTuple):
-  """What is said of images: a class of each, or of each label that is known.
+  """What is said of images: a class of each, or of each of several labels.
 
   Attributes:
     rows: (M,) of the source.
     classes: (M,) which is said, or the label in question.
     values: (M,) its probability.
     sure: (M,) the probability of being right.
-    wrong: (M,) bool.
+    wrong: (M,) bool; what is not known is not wrong.
   """
 
   rows: np.ndarray
@@ -121,17 +121,21 @@ class Decisions(NamedTuple):
 
 
 def decide(of: Predictions) -> Decisions:
-  """Returns every decision; of several labels, those that are known."""
+  """Returns every decision.
+
+  Of several labels those that are known; all where an image's are not.
+  """
   targets = of.data.targets_of(of.rows)
+  unknown = np.isnan(targets).all(axis=1, keepdims=True)
   if of.data.multilabel:
-    i, c = np.nonzero(~np.isnan(targets))
+    i, c = np.nonzero(~np.isnan(targets) | unknown)
     values = of.probabilities[i, c]
     sure = np.maximum(values, 1 - values)
-    wrong = (values > 0.5) != (targets[i, c] > 0.5)
+    wrong = ~unknown[i, 0] & ((values > 0.5) != (targets[i, c] > 0.5))
   else:
     i, c = np.arange(len(of.rows)), of.probabilities.argmax(1)
     sure = values = of.probabilities[i, c]
-    wrong = c != targets.argmax(1)
+    wrong = ~unknown[i, 0] & (c != targets.argmax(1))
   return Decisions(of.rows[i], c, values, sure, wrong)
 
 
@@ -157,7 +161,9 @@ def spread(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def show(
-  config: ml_collections.ConfigDict, predictions: Sequence[Predictions]
+  config: ml_collections.ConfigDict,
+  predictions: Sequence[Predictions],
+  what: str = "test images",
 ) -> list[Gallery]:
   """Reads the images that a page shows, with their words.
 
@@ -165,10 +171,12 @@ def show(
     config: of it `thumbnails`, how many of each kind, and how images are
       fitted.
     predictions: of one network, or of one in each fold.
+    what: the images are.
 
   Returns:
     Inputs of every class, the most confident errors, and what the network is
-    least sure of; those that cannot be read any more are counted.
+    least sure of; those that cannot be read any more are counted. Where no
+    label is known, inputs of every class that is said, and no errors.
   """
   most, size = config.thumbnails, config.data.image_size
   if not most:
@@ -189,7 +197,7 @@ def show(
     ]
 
   surest = np.argsort(-decisions.sure, kind="stable")
-  number = f"Of the {len(rows):,} test images"
+  number = f"Of the {len(rows):,} {what}"
   meaning = (
     "Below each stand its true label, the probability of what it is taken for,"
     " and its name."
@@ -199,11 +207,12 @@ def show(
       "Below each stand its true labels, the probability of the label in"
       " question, and its name."
     )
+  seen = f"resized and cropped to {size} x {size} pixels, before normalisation."
   galleries = [
     (
       "What the network sees",
-      f"{number} some of each class, resized and cropped to {size} x {size}"
-      " pixels, before normalisation. Below each stand its label and its name.",
+      f"{number} some of each class, {seen} Below each stand its label and its"
+      " name.",
       [(row, []) for row in rows[spread(labels[rows], most, config.seed)]],
     ),
     (
@@ -220,6 +229,24 @@ def show(
       ),
     ),
   ]
+  if np.isnan(data.targets_of(rows)).all():
+    meaning = (
+      "Below each stand the probability of what it is taken for, and its name."
+    )
+    first = decisions.first_images(surest, len(surest))
+    called = spread(decisions.classes[first], most, config.seed)
+    galleries = [
+      (
+        "What the network sees",
+        f"{number} some of each class that it says, {seen} {meaning}",
+        words(first[called]),
+      ),
+      (
+        "Least confident",
+        f"{number} those that the network is least sure of. {meaning}",
+        galleries[-1][2],
+      ),
+    ]
   shown = []
   for title, caption, chosen in galleries:
     thumbnails = []
@@ -227,7 +254,8 @@ def show(
       with contextlib.suppress(images.ImageError):
         pixels = images.fit(data.examples.read(int(row)), size)
         name = data.examples.names[row]
-        thumbnails.append(Thumbnail(pixels, classes[labels[row]], name, lines))
+        label = classes[labels[row]] or "label not known"
+        thumbnails.append(Thumbnail(pixels, label, name, lines))
     if gone := len(chosen) - len(thumbnails):
       caption += f" {gone:,} of them cannot be read any more."
     if chosen:

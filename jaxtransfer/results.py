@@ -509,11 +509,64 @@ class Slides(Told, Learnt):
   failed: list[Failed]
 
 
+class Called(TypedDict):
+  """How often a class is said.
+
+  Attributes:
+    name: of the class, or of one of several labels.
+    images: that it is said of: the likeliest class, or a label of which more
+      than even odds are given.
+    probability: its mean over all images.
+  """
+
+  name: str
+  images: int
+  probability: float
+
+
+class Predict(Summary):
+  """The summary of `predict`.
+
+  Attributes:
+    multilabel: whether an image may have several labels.
+    used: what is used: the workdir or the export.
+    image_size: pixels.
+    temperature: that the logits are divided by.
+    own_test: metric -> what the run of the network measured on its own test
+      split.
+    called: how often each class is said.
+    labelled: images whose label is known.
+    prevalence: of the positive class; null where not known.
+    missed: classes that are hardly found; empty where no label is known, as are
+      the others below.
+    chance: the balanced accuracy of guessing; null likewise.
+    confusion: of labelled images; null likewise, as the others.
+    operating: at the thresholds of the run.
+    reliability: of labelled images.
+    curves: of labelled images.
+  """
+
+  multilabel: bool
+  used: str
+  image_size: int
+  temperature: float
+  own_test: dict[str, Number]
+  called: list[Called]
+  labelled: int
+  prevalence: Number
+  missed: list[Missed]
+  chance: Number
+  confusion: list[list[int]] | None
+  operating: list[Point]
+  reliability: Reliability | None
+  curves: Curves | None
+
+
 class Results(TypedDict):
   """A whole results.json."""
 
   job: str
-  summary: Layers | Finetune | Truncate | Slides
+  summary: Layers | Finetune | Predict | Truncate | Slides
   measurements: list[Row]
 
 
@@ -521,6 +574,7 @@ class Results(TypedDict):
 SUMMARIES = {
   "finetune": Finetune,
   "layers": Layers,
+  "predict": Predict,
   "slides": Slides,
   "truncate": Truncate,
 }

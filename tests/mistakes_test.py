@@ -190,7 +190,7 @@ def test_a_value_that_was_forgotten_is_not_the_next_flag(monkeypatch):
     ("layers.py", "did you mean --config=layers?"),
     ("configs/layer.py", "did you mean --config=configs/layers.py?"),
     ("elsewhere/layers.py", "did you mean --config=layers?"),
-    ("resnet50", "own are cifar10, finetune, layers, quickstart, slides"),
+    ("resnet50", f"own are {', '.join(configuration.packaged())}, as in"),
     ("configs", "as in --config=layers:resnet50"),
     ("", "there is no file ''"),
     ("/no/such.py", "there is no file '/no/such.py'"),

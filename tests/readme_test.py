@@ -16,17 +16,20 @@ README = (ROOT / "README.md").read_text()
 # Makes a run of each job small, without touching what the README says.
 SMALL = {
   "layers": (
+    "--config.data.image_size=32",
     "--config.network.weights=weights.safetensors",
     "--config.network.until=layer1",
     "--config.seeds=1",
     "--config.cost_batch_size=8",
   ),
   "finetune": (
+    "--config.data.image_size=32",
     "--config.network.weights=weights.safetensors",
     "--config.network.until=layer1",
     "--config.epochs=1",
   ),
   "truncate": (
+    "--config.data.image_size=32",
     "--config.network.weights=",
     "--config.taps=stem",
     "--config.layer_step=0",
@@ -36,19 +39,20 @@ SMALL = {
     "--config.epochs=1",
     "--config.cost_batch_size=8",
   ),
+  "predict": (),
 }
-ALL_SMALL = (
-  "--config.data.image_size=32",
-  "--config.resamples=20",
-  "--config.batch_size=8",
-)
+ALL_SMALL = ("--config.resamples=20", "--config.batch_size=8")
 # What only some jobs leave.
 OF_JOBS = {
+  # Of images without labels there is nothing to draw.
+  "figures": ("layers", "finetune", "truncate"),
   "features": ("layers",),
   "checkpoints": ("finetune",),
   "units": ("truncate",),
   "export": ("finetune", "truncate"),
   "metrics.jsonl": ("layers", "finetune"),
+  "splits.json": ("layers", "finetune", "truncate"),
+  "duplicates.json": ("layers", "finetune", "truncate"),
 }
 
 
@@ -61,12 +65,16 @@ def _commands() -> list[str]:
   return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
-@pytest.fixture
-def folder(tmp_path):
-  """A directory as a user's: a manifest and small tiles."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A directory as a user's: a manifest and small tiles, and new ones.
+
+  What one command leaves there the next ones use, as the README says.
+  """
   from jaxtransfer.networks import tensors, zoo  # noqa: PLC0415
   from jaxtransfer.weights import loading  # noqa: PLC0415
 
+  tmp_path = tmp_path_factory.mktemp("user")
   rng = np.random.default_rng(0)
   rows = ["path,label,group"]
   for i in range(24):
@@ -74,6 +82,8 @@ def folder(tmp_path):
     PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     rows.append(f"{i}.png,{'ab'[i % 2]},patient {i // 2}")
   (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+  (tmp_path / "new_tiles").mkdir()
+  PIL.Image.fromarray(pixels).save(tmp_path / "new_tiles" / "new.png")
   network = zoo.build("resnet50", until="layer1")
   tensors.load(network, tensors.random(network, 1))
   loading.export(network, tmp_path / "weights.safetensors")

@@ -23,7 +23,7 @@ class Manifest:
 
   Attributes:
     names: path of every image, as it is written.
-    labels: of every image, as it is written.
+    labels: of every image, as it is written; "" where none need be known.
     groups: patient of every image, or its slide where no patient is named;
       one of its own where neither is. None where no image has either.
     slides: slide of every image ("" = unknown), or None.
@@ -41,18 +41,22 @@ class Manifest:
   notes: list[str]
 
 
-def read(path: pathlib.Path, task: str = "") -> Manifest:
+def read(
+  path: pathlib.Path, task: str = "", *, labelled: bool = True
+) -> Manifest:
   """Reads a manifest and checks it.
 
   Args:
     path: the file.
     task: whose rows are read; "" where there is one task or none.
+    labelled: whether every image must have a label.
 
   Raises:
     UsageError: a mistake in it, with the line.
     MissingSourceError: none of its first images is there.
   """
-  lines, columns, notes = table(path, COLUMNS, ("path", "label"))
+  required = ("path", "label") if labelled else ("path",)
+  lines, columns, notes = table(path, COLUMNS, required)
   check_splits(path, lines, columns["split"])
   _check_duplicates(path, lines, columns)
   about = naming.alike("tasks", columns["task"] or ())
@@ -66,8 +70,8 @@ def read(path: pathlib.Path, task: str = "") -> Manifest:
       name: values and _filled([values[i] for i in rows])
       for name, values in columns.items()
     }
-  # These two are never empty.
-  names, labels = columns["path"] or [], columns["label"] or []
+  names = columns["path"] or []
+  labels = columns["label"] or [""] * len(names)
   _check_there(path, names)
   if written := sum("\\" in name for name in names):
     about.append(

@@ -91,7 +91,9 @@ class Examples:
     raise NotImplementedError
 
 
-def open_source(config: ml_collections.ConfigDict) -> Examples:
+def open_source(
+  config: ml_collections.ConfigDict, known: Sequence[str] | None = None
+) -> Examples:
   """Opens the images that `config.source` names.
 
   - `<file>.csv`: a manifest with the columns path and label and, optionally,
@@ -104,12 +106,17 @@ def open_source(config: ml_collections.ConfigDict) -> Examples:
     `data.tissue.open_tissue`, whose options these are; `size` is
     `image_size` unless given.
 
+  Where a finished network is used, labels may be missing: a manifest then needs
+  no column label, or has empty ones, and a folder whose folders are no classes
+  is read with all folders below it.
+
   Args:
     config: `config.data`: source, task, image_size, max_pixels, tfds_dir; or
       source, features and max_failures.
+    known: the classes of a finished network; None where all need labels.
 
   Returns:
-    The examples, in the order of the source.
+    The examples, in the order of the source; a label that is not known is "".
 
   Raises:
     UsageError: the source cannot mean what it says; the line names the file
@@ -139,13 +146,17 @@ def open_source(config: ml_collections.ConfigDict) -> Examples:
   if scheme == "tfds":
     return _open_tfds(rest, config.tfds_dir or None, config.max_pixels)
   if path.is_dir():
+    if known is not None and not _is_labelled(path, known):
+      return _open_tree(path, config.max_pixels)
     return _open_folder(path, config.max_pixels)
   if not path.exists():
     raise MissingSourceError(
       f"config.data.source: {source} does not exist; give a manifest.csv, a"
       " folder, tfds:<name> or synthetic:tissue"
     )
-  return _open_manifest(path, config.task, config.max_pixels)
+  return _open_manifest(
+    path, config.task, config.max_pixels, labelled=known is None
+  )
 
 
 class _Files(Examples):
@@ -236,8 +247,10 @@ def index(
 # --- manifests ---------------------------------------------------------------
 
 
-def _open_manifest(path: pathlib.Path, task: str, max_pixels: int) -> Examples:
-  manifest = manifests.read(path, task)
+def _open_manifest(
+  path: pathlib.Path, task: str, max_pixels: int, *, labelled: bool
+) -> Examples:
+  manifest = manifests.read(path, task, labelled=labelled)
   classes, labels, notes = index(manifest.labels)
   return _Files(
     path.parent,
@@ -310,6 +323,52 @@ def _open_folder(root: pathlib.Path, max_pixels: int) -> Examples:
     names=names,
     splits=splits or None,
     notes=[*notes, *(f"{root}: {line}" for line in [*left_out, *alike])],
+  )
+
+
+def _is_labelled(root: pathlib.Path, known: Sequence[str]) -> bool:
+  """Whether the folders of a folder are classes that a network tells apart.
+
+  Raises:
+    UsageError: some are, and others are not.
+  """
+  top, *_ = _listing(root)
+  if top and all(name in _SPLIT_NAMES for name in top):
+    top = sorted({f for name in top for f in _listing(root / name)[0]})
+  others = [name for name in top if name not in known]
+  if others and len(others) < len(top):
+    raise UsageError(
+      f"{root}: {naming.shown(others, 5)} is no class of the network, which"
+      f" predicts {naming.shown(known, 8)}; rename it, or say in a manifest.csv"
+      " which image is what"
+    )
+  return bool(top) and not others
+
+
+def _open_tree(root: pathlib.Path, max_pixels: int) -> Examples:
+  """Opens every image below a folder, without labels."""
+  names, others = [], collections.Counter()
+  folders = [""]
+  for prefix in folders:
+    inside, image_names, rest = _listing(root / prefix)
+    folders += [f"{prefix}{name}/" for name in inside]
+    names += [prefix + name for name in image_names]
+    others += _kinds(rest)
+  if not names:
+    raise UsageError(
+      f"{root}: no images; they are {', '.join(sorted(SUFFIXES))}"
+      + (f"; there are {_said(others)}" if others else "")
+    )
+  notes = [f"{root}: its folders are no classes, so no label is known"]
+  if others:
+    notes.append(f"{root}: not read: {_said(others)}")
+  return _Files(
+    root,
+    max_pixels,
+    classes=[""],
+    labels=np.zeros(len(names), np.int32),
+    names=names,
+    notes=notes,
   )
 
 

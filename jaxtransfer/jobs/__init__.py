@@ -61,6 +61,11 @@ JOBS: dict[str, Job] = {
       " does it lose?",
       divides=True,
     ),
+    Job(
+      "predict",
+      "What does a network that I trained say of new images, and how good is it"
+      " there?",
+    ),
   )
 }
 

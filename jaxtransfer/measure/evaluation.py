@@ -365,8 +365,66 @@ def evaluate(val: Outputs, test: Outputs, thresholds: Thresholds) -> Evaluation:
     test: of the test split, with resamples.
     thresholds: for what.
   """
-  multilabel = test.classes.multilabel
   temperature = calibration.fit_temperature(*val.decisions())
+  points = join_points([operate(val, test, thresholds, temperature)], 1)
+  return _evaluation({"val": val, "test": test}, temperature, points)
+
+
+class Chosen(NamedTuple):
+  """A threshold that a finished run chose.
+
+  Attributes:
+    name: of the class that is positive.
+    rule: as `operating.Point` has it.
+    threshold: of the calibrated probability.
+    rates: where it was chosen.
+  """
+
+  name: str
+  rule: str
+  threshold: float
+  rates: operating.Rates
+
+
+def validate(
+  test: Outputs,
+  temperature: float,
+  chosen: Sequence[Chosen],
+  prevalence: float | None = None,
+) -> Evaluation:
+  """Measures a finished network on other data: nothing is chosen any more.
+
+  Args:
+    test: what it says there, with resamples.
+    temperature: that its run fitted.
+    chosen: the thresholds of its run.
+    prevalence: of the positive, for predictive values; None for none.
+  """
+  scores = scoring.probabilities(
+    test.logits, multilabel=test.classes.multilabel, temperature=temperature
+  )
+  names = list(test.classes.names)
+  points = []
+  for of in chosen:
+    c = names.index(of.name)
+    point = operating.at(
+      of.rule,
+      of.threshold,
+      of.rates,
+      (test.targets[:, c], scores[:, c]),
+      prevalence=prevalence,
+      weights=test.resamples,
+    )
+    points += join_points([{of.name: [point]}], 1)
+  return _evaluation({"test": test}, temperature, points)
+
+
+def _evaluation(
+  splits: Mapping[str, Outputs], temperature: float, points: list[Operating]
+) -> Evaluation:
+  """Measures what is left once temperature and thresholds are known."""
+  test = splits["test"]
+  multilabel = test.classes.multilabel
   confusion = None
   if not multilabel and len(test.classes.names) <= _MOST_CONFUSED:
     confusion = np.zeros((len(test.classes.names),) * 2, int)
@@ -379,13 +437,13 @@ def evaluate(val: Outputs, test: Outputs, thresholds: Thresholds) -> Evaluation:
     values=[
       value
       for divisor in (None, temperature)
-      for split, outputs in (("val", val), ("test", test))
+      for split, outputs in splits.items()
       for value in _values(split, outputs, divisor)
     ],
     confusion=confusion,
     missed=missed(test),
     chance=chance(test.targets, multilabel=multilabel),
-    points=join_points([operate(val, test, thresholds, temperature)], 1),
+    points=points,
     reliability={
       name: Reliability(
         *calibration.reliability(labels, special.softmax(of, axis=1))

@@ -204,12 +204,45 @@ def points(
     ValueError: as `rates`, `reaching` and `predictive_values`.
   """
   there, scores, _ = _known(*chosen_on)
-  positive, tested_scores, known = _known(*tested)
-  if weights is not None:
-    weights = np.asarray(weights)[:, known]
   rules = {YOUDEN: youden(there, scores)}
   for least in sensitivities:
     rules[f"sensitivity_{least:g}"] = reaching(there, scores, least)
+  return [
+    at(
+      rule,
+      threshold,
+      rates(there, scores, threshold),
+      tested,
+      prevalence=prevalence,
+      weights=weights,
+    )
+    for rule, threshold in rules.items()
+  ]
+
+
+def at(
+  rule: str,
+  threshold: float,
+  chosen_on: Rates,
+  tested: tuple[npt.ArrayLike, npt.ArrayLike],
+  *,
+  prevalence: float | None = None,
+  weights: npt.ArrayLike | None = None,
+) -> Point:
+  """Measures a threshold that was chosen elsewhere.
+
+  Args:
+    rule: how it was chosen.
+    threshold: of the scores.
+    chosen_on: its rates where it was chosen.
+    tested: (N,) targets, 1, 0 or NaN where unknown, and (N,) scores.
+    prevalence: as `points` has it.
+    weights: likewise.
+
+  Raises:
+    ValueError: as `rates` and `predictive_values`.
+  """
+  positive, scores, known = _known(*tested)
 
   def quantities(of: Rates) -> dict[str, Value]:
     values = of._asdict()
@@ -218,23 +251,19 @@ def points(
       values |= {"ppv": worth.positive, "npv": worth.negative}
     return values
 
-  made = []
-  for rule, threshold in rules.items():
-    values = quantities(rates(positive, tested_scores, threshold))
-    resampled: dict[str, Value] = {}
-    if weights is not None:
-      resampled = quantities(rates(positive, tested_scores, threshold, weights))
-    made.append(
-      Point(
-        rule,
-        threshold,
-        rates(there, scores, threshold),
-        {name: float(value) for name, value in values.items()},
-        {name: np.asarray(value) for name, value in resampled.items()},
-        (int(positive.sum()), int((~positive).sum())),
-      )
-    )
-  return made
+  values = quantities(rates(positive, scores, threshold))
+  resampled: dict[str, Value] = {}
+  if weights is not None:
+    counts = np.asarray(weights)[:, known]
+    resampled = quantities(rates(positive, scores, threshold, counts))
+  return Point(
+    rule,
+    threshold,
+    chosen_on,
+    {name: float(value) for name, value in values.items()},
+    {name: np.asarray(value) for name, value in resampled.items()},
+    (int(positive.sum()), int((~positive).sum())),
+  )
 
 
 def rule_words(rule: str) -> str:

@@ -107,7 +107,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
       [
         picture("confusion", *CONFUSION_WORDS),
         confusion_key(summary),
-        _class_table(summary, measurements),
+        class_table(summary, measurements),
       ],
     ),
     Section(
@@ -352,7 +352,7 @@ def _metric_table(
   rows = []
   for name, word in results.METRIC_WORDS.items():
     cells = [
-      _cell(measurements, split, metric)
+      cell(measurements, split, metric)
       for split, metric in (
         ("test", name),
         ("val", name),
@@ -369,14 +369,23 @@ def _metric_table(
   )
 
 
-def _class_table(
+def class_table(
   summary: Mapping[str, Any], measurements: Measurements
 ) -> Html | None:
+  """Returns the scores of every class against the rest.
+
+  Args:
+    summary: the job's summary; of it "classes".
+    measurements: its measurements.
+
+  Returns:
+    The table, or None where nothing was measured of a class.
+  """
   classes = summary.get("classes") or []
   rows = [
     [
       str(name),
-      *(_cell(measurements, "test", f"{m}:{name}") for m in results.BY_CLASS),
+      *(cell(measurements, "test", f"{m}:{name}") for m in results.BY_CLASS),
     ]
     for name in classes
   ]
@@ -390,7 +399,14 @@ def _class_table(
   )
 
 
-def _cell(measurements: Measurements, split: str, metric: str) -> str:
+def cell(measurements: Measurements, split: str, metric: str) -> str:
+  """Returns a metric of a split with its interval.
+
+  Args:
+    measurements: of the job.
+    split: "val" or "test".
+    metric: its name in a row.
+  """
   for row in measurements.rows:
     if row.get("split") == split and row.get("metric") == metric:
       numbers = (tables.finite(row.get(k)) for k in ("value", "low", "high"))

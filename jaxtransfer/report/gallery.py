@@ -62,7 +62,7 @@ def blocks(galleries: Sequence[Gallery]) -> list[Html]:
   for gallery in galleries:
     items: list[Html] = []
     for image in gallery.images:
-      uri = _uri(image.pixels)
+      uri = data_uri(image.pixels, SIDE)
       left -= len(uri)
       if left < 0:
         break
@@ -102,12 +102,19 @@ def _breakable(text: str) -> Html:
   return Html("<wbr>".join(map(join, parts)))
 
 
-def _uri(pixels: np.ndarray) -> str:
+def data_uri(pixels: np.ndarray, longest: int, quality: int = _QUALITY) -> str:
+  """Returns an image as a JPEG that stands in the page itself.
+
+  Args:
+    pixels: (H, W, 3) uint8; a smaller one stays as it is, for the page to
+      enlarge.
+    longest: pixels of its longer side, at most.
+    quality: JPEG's, up to 95.
+  """
   image = Image.fromarray(pixels)
-  # A smaller one stays as it is; the page enlarges it.
-  image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+  image.thumbnail((longest, longest), Image.Resampling.BOX)
   data = io.BytesIO()
   # Colours as fine as the rest, for stains.
-  image.save(data, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+  image.save(data, "JPEG", quality=quality, subsampling=0, optimize=True)
   text = base64.b64encode(data.getvalue()).decode("ascii")
   return f"data:image/jpeg;base64,{text}"

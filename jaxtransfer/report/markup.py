@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-_VOID = frozenset({"meta", "br", "col", "hr", "img"})
+_VOID = frozenset({"meta", "br", "col", "hr", "img", "input"})
 
 
 class Html(str):

@@ -4,11 +4,11 @@ import importlib
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtransfer import files
-from jaxtransfer.report import figures, gallery, tables
+from jaxtransfer.report import figures, gallery, heatmap, tables
 from jaxtransfer.report.markup import (
   Content,
   Html,
@@ -23,7 +23,8 @@ _HEADLINE = 200  # characters; more are no longer read in large letters
 _LISTED = 20
 _NARROW = 7  # inches; a narrower figure has its caption beside it
 
-# Nothing may be fetched and nothing may run, whatever a class is called.
+# Nothing may be fetched and nothing may run, whatever a class is called; beside
+# heatmaps, their script and no other.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = """
@@ -150,6 +151,7 @@ def write(
   workdir: str | os.PathLike[str],
   results: Mapping[str, Any],
   galleries: Sequence[gallery.Gallery] = (),
+  views: Iterable[heatmap.View] = (),
 ) -> pathlib.Path:
   """Writes a run's figures, its table of measurements and its page.
 
@@ -162,6 +164,7 @@ def write(
     results: what `results.json` holds: "job", "summary" and "measurements".
       Any value may be null, and so may be left out whatever was not measured.
     galleries: single images with their words, which are on the page alone.
+    views: slides with what their tiles scored, likewise.
 
   Returns:
     The page's path.
@@ -183,6 +186,7 @@ def write(
     return item
 
   images = gallery.blocks(galleries)
+  maps = heatmap.blocks(views)
   body = join(
     _header(job, content.title, summary),
     _notes(summary),
@@ -190,6 +194,7 @@ def write(
       _section(section.heading, *map(block, filter(None, section.blocks)))
       for section in content.sections
     ),
+    _section("Where it looks", *maps) if maps else None,
     _section("Single images", *images) if images else None,
     _section(
       "Every measurement",
@@ -200,7 +205,7 @@ def write(
   )
   tables.write_results_csv(workdir / "results.csv", measurements.rows)
   path = workdir / "report.html"
-  files.write_text(path, _document(content.title, body))
+  files.write_text(path, _document(content.title, body, bool(maps)))
   return path
 
 
@@ -222,7 +227,12 @@ def _plain(summary: Mapping[str, Any], measurements: Measurements) -> Content:
   return Content("Results", ())
 
 
-def _document(title: str, body: Html) -> Html:
+def _document(title: str, body: Html, has_heatmaps: bool) -> Html:
+  policy, style, script = _POLICY, Html(_STYLE), None
+  if has_heatmaps:
+    policy += f"; script-src {heatmap.script_hash()}"
+    style = join(style, heatmap.style())
+    script = tag("script", heatmap.script())
   head = tag(
     "head",
     tag("meta", charset="utf-8"),
@@ -231,11 +241,11 @@ def _document(title: str, body: Html) -> Html:
       name="viewport",
       content="width=device-width, initial-scale=1",
     ),
-    tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+    tag("meta", http_equiv="Content-Security-Policy", content=policy),
     tag("title", tables.shorten(title)),
-    tag("style", Html(_STYLE)),
+    tag("style", style),
   )
-  page = tag("html", head, tag("body", tag("main", body)), lang="en")
+  page = tag("html", head, tag("body", tag("main", body), script), lang="en")
   return Html(f"<!DOCTYPE html>\n{page}\n")
 
 

@@ -15,6 +15,8 @@ from jaxtransfer.report.tables import Measurements
 Row = Mapping[str, Any]
 # Of the classes that the chosen network does not find, so many are named.
 _NAMED = 2
+# Of what is said of new images, so many classes are told.
+_TOLD = 6
 
 
 def of_layers(summary: Mapping[str, Any], measurements: Measurements) -> str:
@@ -243,6 +245,57 @@ def of_slides(summary: Mapping[str, Any]) -> str:
   doubts = _doubts("the network", chosen, unit="slides")
   late = unfinished(summary["unfinished"])
   return _with_doubts(sentences, "Do not rely on it", doubts, late)
+
+
+def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
+  """Returns the sentence of a `predict` run.
+
+  Args:
+    summary: of results.json, without its sentence.
+    scores: metric -> its row; none where no label is known.
+
+  Returns:
+    One to three sentences.
+  """
+  images, labelled = summary["rows"]["read"], summary["labelled"]
+  what = f"{summary['network']} cut after {summary['cut']}"
+  shares = [
+    f"{of['images']:,} {of['name']}"
+    for of in sorted(summary["called"], key=lambda of: -of["images"])
+  ]
+  said = f"{_and(shares[:_TOLD])}" + (" and others" if shares[_TOLD:] else "")
+  if not labelled:
+    return (
+      f"Of {images:,} images {what} calls {said}. No label is known, so"
+      " nothing can be said of how often it is right here."
+    )
+  told = [_number(scores[m], "value", m) for m in ("auroc", "accuracy")]
+  text = f"{what} gives {_and(told)} on {labelled:,} labelled images"
+  if labelled < images:
+    text += f" of {images:,}"
+  sentences = [f"{text}."]
+  own = summary["own_test"].get("auroc")
+  if own is not None:
+    before = f"{own:.3f}"
+    low, high = (scores["auroc"][end] for end in ("low", "high"))
+    if low is not None and low <= own <= high:
+      so = "these images do not show that it is worse or better here"
+    elif low is not None:
+      so = f"it is {'worse' if own > high else 'better'} here"
+    else:
+      so = "whether that is the same here cannot be said"
+    sentences.append(f"On its own test split it had {before}: {so}.")
+  row = {
+    "tests": 1,
+    "missed": summary["missed"],
+    "chance": summary["chance"],
+    "test": {
+      name: {"mean": of["value"], "low": of["low"], "high": of["high"]}
+      for name, of in scores.items()
+    },
+  }
+  doubts = _doubts("the network", row)
+  return _with_doubts(sentences, "Do not rely on it here", doubts, None)
 
 
 def of_guessing(auroc: float | None, low: float | None) -> list[str]:

@@ -388,6 +388,7 @@ def card(
       "points": [
         {
           "class": point["class"],
+          "name": point["rule"],
           "rule": point["words"],
           "threshold": point["thresholds"][0],
           "val": point["val"],

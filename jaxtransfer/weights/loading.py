@@ -202,6 +202,19 @@ def _source_of_row(row: catalog.Row, path: pathlib.Path, prefix: str) -> Source:
   )
 
 
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns what `export` wrote into a file's header; {} for other files.
+
+  Args:
+    path: of the `.safetensors` file.
+
+  Raises:
+    UsageError: the file is damaged.
+  """
+  path = pathlib.Path(path)
+  return _read_details(path, readers.open_checkpoint(path))
+
+
 def _read_details(
   path: pathlib.Path, stored: readers.Checkpoint
 ) -> dict[str, Any]:

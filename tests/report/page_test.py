@@ -8,7 +8,7 @@ import pytest
 from jaxtransfer.report import page
 from tests.report import example
 
-VOID = {"meta", "br", "hr", "col"}
+VOID = {"meta", "br", "hr", "col", "img", "input"}
 
 
 class _Page(html.parser.HTMLParser):

@@ -22,6 +22,12 @@ def get_config(run: str = "") -> ml_collections.ConfigDict:
   del config.network, config.data.image_size, config.data.split_fractions
   del config.data.few_shot, config.data.near_duplicates
   config.run = run  # workdir of a finished finetune or truncate, or its export
+  config.data.features = ""  # of slides: the features of their tiles, a folder
+  config.data.coords = ""  # of slides: a workdir of tile, to encode them here
+  config.data.slides = ""  # their own files, for pictures; "" = data.source
+  config.data.cache = 4.0  # GB of features kept in memory
+  config.weights = ""  # of slides' encoder, where its files name no published
+  config.heatmaps = 12  # slides on the page with their tiles; 0 = none
   config.resamples = 1000  # of the groups, for the intervals
   config.prevalence = 0.0  # of the positive among the tested; 0 = as in the run
   return config

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxtransfer.data import feature_files, hdf5
+from jaxtransfer.measure import scoring
+from jaxtransfer.training import bags
 
 _ARRAYS = ("attention", "scores", "probabilities")
 
@@ -35,6 +38,41 @@ class Tiles:
   probabilities: np.ndarray
   coords: np.ndarray | None
   attributes: dict[str, Any]
+
+
+def tiles_of(
+  slide: bags.Slide,
+  file: feature_files.FeatureFile,
+  about: Mapping[str, Any],
+  temperature: float,
+) -> Tiles:
+  """Returns what there is to keep of a slide.
+
+  Args:
+    slide: what the network says.
+    file: the features that it read.
+    about: what else is to be kept of slide and network.
+    temperature: that logits are divided by.
+  """
+
+  def probabilities(logits: np.ndarray) -> np.ndarray:
+    return scoring.probabilities(
+      logits, multilabel=False, temperature=temperature
+    )
+
+  return Tiles(
+    slide.attention,
+    slide.scores,
+    probabilities(slide.tiles),
+    file.coords,
+    {
+      **about,
+      "probabilities": probabilities(slide.logits[None])[0].tolist(),
+      "unit": file.unit,
+      "extent": file.extent,
+      "features": file.attributes,
+    },
+  )
 
 
 def write(path: str | os.PathLike[str], tiles: Tiles) -> None:

@@ -575,6 +575,8 @@ class Bench:
       {
         **about,
         "pooled": row.name,
+        "multilabel": False,
+        "operating_points": self._thresholds(best),
         "metrics": {
           f"{of.split}:{of.metric}": files.finite(of.value)
           for of in evaluated.values
@@ -592,6 +594,19 @@ class Bench:
       "val": files.finite(max(values)),
       "missed": results.missed(evaluated.missed),
     }
+
+  def _thresholds(self, unit: Unit) -> dict[str, Any]:
+    """Returns what a unit's thresholds are, chosen on its own validation."""
+    test = self.data(unit).outputs(
+      self.config, *self.outputs(unit, "test"), resample=True
+    )
+    of_unit = evaluation.operate(
+      self._validated(unit), test, self.first.thresholds, self.temperature(unit)
+    )
+    points = evaluation.join_points([of_unit], 1)
+    return results.operating_card(
+      points, self.config.prevalence, multilabel=False, unit="slide"
+    )
 
   def write_tiles(self, row: Row, seed: int) -> None:
     """Writes what the trainings of a seed say of every tile they test.
@@ -615,30 +630,16 @@ class Bench:
         features = self.features(unit)
         temperature = card["temperature"]
         for slide in task.read(self.numbers(unit), "test"):
-          file = features.file(slide.row)
           about = card | {
             "encoder": encoder.name,
             "pooling": unit.pooling,
             "slide": self.bags.names[slide.row],
             "label": self.bags.classes[self.bags.labels[slide.row]],
             "group": (data.groups_of(np.array([slide.row])) or [None])[0],
-            "probabilities": scoring.probabilities(
-              slide.logits[None], multilabel=False, temperature=temperature
-            )[0].tolist(),
-            "unit": file.unit,
-            "extent": file.extent,
-            "features": file.attributes,
           }
+          file = features.file(slide.row)
           attention.write(
             attention.path_of(self.path, row.name, about["slide"]),
-            attention.Tiles(
-              slide.attention,
-              slide.scores,
-              scoring.probabilities(
-                slide.tiles, multilabel=False, temperature=temperature
-              ),
-              file.coords,
-              about,
-            ),
+            attention.tiles_of(slide, file, about, temperature),
           )
           bar.update()

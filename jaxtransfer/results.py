@@ -448,7 +448,8 @@ class Predict(Summary):
   """The summary of `predict`.
 
   Attributes:
-    multilabel: whether an image may have several labels.
+    unit: what an example is.
+    multilabel: whether an example may have several labels.
     used: what is used: the workdir or the export.
     image_size: pixels.
     temperature: that the logits are divided by.
@@ -466,9 +467,10 @@ class Predict(Summary):
     curves: of labelled images.
   """
 
+  unit: str
   multilabel: bool
   used: str
-  image_size: int
+  image_size: int | None
   temperature: float
   own_test: dict[str, Number]
   called: list[Called]
@@ -825,6 +827,47 @@ def points(of: Sequence[evaluation.Operating]) -> list[Point]:
     }
     for point in of
   ]
+
+
+def operating_card(
+  of: Sequence[evaluation.Operating],
+  prevalence: float,
+  *,
+  multilabel: bool,
+  unit: str = "image",
+) -> dict[str, Any]:
+  """Returns what a user of an exported network must know of its thresholds.
+
+  Args:
+    of: its points.
+    prevalence: of the positive, that predictive values are for; 0 for none.
+    multilabel: whether an example may have several labels.
+    unit: what an example is.
+  """
+  activation = "sigmoid" if multilabel else "softmax"
+  return {
+    "meaning": (
+      f"A{'n' * (unit[0] in 'aeiou')} {unit} is called of the class where"
+      f" the probability of this class, {activation}(logits / temperature), is"
+      " at or above the threshold. Thresholds were chosen on the validation"
+      " split and measured on the test split."
+    ),
+    "prevalence": prevalence or None,
+    "points": [
+      {
+        "class": point["class"],
+        "name": point["rule"],
+        "rule": point["words"],
+        "threshold": point["thresholds"][0],
+        "val": point["val"],
+        "test": {
+          key: {"value": of["mean"], "low": of["low"], "high": of["high"]}
+          for key, of in point["test"].items()
+        },
+      }
+      for point in points(of)
+    ],
+  }
 
 
 def point_rows(

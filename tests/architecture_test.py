@@ -42,10 +42,12 @@ ALLOWED = {
   },
   "predictions": {"data", "files", "measure", "report"},
   "jobs": {
+    "applied",
     "configuration",
     "cuts",
     "data",
     "errors",
+    "exports",
     "extraction",
     "features",
     "files",
@@ -68,7 +70,7 @@ ALLOWED = {
     "weights",
     "workdir",
   },
-  "attention": {"data"},
+  "attention": {"data", "measure", "training"},
   "trainings": {
     "errors",
     "files",
@@ -107,6 +109,7 @@ ALLOWED = {
     "training",
     "weights",
   },
+  "exports": {"data", "errors", "measure", "weights"},
   "heatmaps": {"attention", "data", "errors", "files", "report"},
 }
 

@@ -145,7 +145,9 @@ class Bags(sources.Examples):
     return digest.hexdigest()
 
 
-def open_bags(config: ml_collections.ConfigDict) -> Bags:
+def open_bags(
+  config: ml_collections.ConfigDict, known: Sequence[str] | None = None
+) -> Bags:
   """Opens the slides of a table, and the folders of their features.
 
   The table is a CSV file with the columns slide (or slide_id, or path, of which
@@ -153,9 +155,13 @@ def open_bags(config: ml_collections.ConfigDict) -> Bags:
   patient) and split. Its slides are those with a label and with features of
   every encoder; what is left out is said, or counted as failed.
 
+  Where a finished network is used, a slide needs no label, and without a table
+  all slides of the first folder are meant.
+
   Args:
     config: `config.data`: source; features, folders with commas between; and
       max_failures.
+    known: the classes of a finished network; None where all need labels.
 
   Returns:
     The slides, in the order of the table.
@@ -165,9 +171,13 @@ def open_bags(config: ml_collections.ConfigDict) -> Bags:
     MissingSourceError: one of them is not there.
     UnreadableError: too many slides with a label have no features.
   """
-  table = _read_table(config.source)
   failures: dict[str, str] = {}
   folders = _encoders(config.features)
+  if known is not None and not config.source:
+    names = list(_files(next(iter(folders.values()))))
+    table = _Table(names, [""] * len(names), None, None, [])
+  else:
+    table = _read_table(config.source, labelled=known is None)
   found = []
   count = len(folders) * len(table.names)
   with progress.Progress("checking features", "files", count) as bar:
@@ -185,10 +195,11 @@ def open_bags(config: ml_collections.ConfigDict) -> Bags:
   classes, labels, alike = sources.index([table.labels[i] for i in rows])
   notes = [*table.notes, *(f"{config.source}: {note}" for note in alike)]
   if lines:
+    which = " with a label" * (known is None)
     first = [f"{name} ({reason})" for name, reason in lines]
     notes.append(
-      f"{len(lines):,} of {len(table.names):,} slides with a label are left out"
-      f" for every encoder: {naming.shown(first, 2, '; ')}; all are in"
+      f"{len(lines):,} of {len(table.names):,} slides{which} are left out for"
+      f" every encoder: {naming.shown(first, 2, '; ')}; all are in"
       " failures.csv"
     )
   for folder in found:
@@ -214,7 +225,7 @@ def open_bags(config: ml_collections.ConfigDict) -> Bags:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-  """The slides of a table that have a label."""
+  """The slides of a table that are wanted."""
 
   names: list[str]
   labels: list[str]
@@ -223,7 +234,7 @@ class _Table:
   notes: list[str]
 
 
-def _read_table(source: str) -> _Table:
+def _read_table(source: str, *, labelled: bool) -> _Table:
   if not source:
     raise UsageError(
       "config.data.source is empty; give a CSV file with the columns slide and"
@@ -238,17 +249,19 @@ def _read_table(source: str) -> _Table:
       f"config.data.source: {source} {kind}; give a CSV file with the columns"
       " slide and label"
     )
+  required = ("slide", "label") if labelled else ("slide",)
   lines, columns, notes = manifests.table(
-    path, COLUMNS, ("slide", "label"), blank=("label",), called=_CALLED
+    path, COLUMNS, required, blank=("label",), called=_CALLED
   )
   written = columns["slide"] or []
   labels = columns["label"] or [""] * len(written)
-  rows = [i for i, label in enumerate(labels) if label]
+  rows = [i for i, label in enumerate(labels) if label or not labelled]
   if not rows:
     raise UsageError(f"{path}: no slide has a label")
-  if without := [
+  without = [
     name for name, label in zip(written, labels, strict=True) if not label
-  ]:
+  ]
+  if without and labelled:
     notes.append(
       f"{path}: {len(without):,} of {len(written):,} slides have no label and"
       f" are not used: {naming.shown(without)}"
@@ -477,6 +490,23 @@ class _Folder:
     for key in _SAME:
       if described.attributes.get(key) is not None:
         yield key, described.attributes[key]
+
+
+def unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+  """Returns in what two encoders' files differ, as far as both say it.
+
+  Args:
+    there: attributes of the ones.
+    here: and of the others.
+  """
+  return [
+    f"{key} {here[key]} for {there[key]}"
+    for key in _SAME
+    if there.get(key) is not None
+    and here.get(key) is not None
+    and key not in ("encoder", "weights")
+    and not _alike(there[key], here[key])
+  ]
 
 
 def _alike(value: Any, other: Any) -> bool:

@@ -131,7 +131,7 @@ def open_source(
     # It imports `Examples`, which its slides are.
     from jaxtransfer.data import bags
 
-    return bags.open_bags(config)
+    return bags.open_bags(config, known)
   source = config.source
   if not source:
     raise UsageError(

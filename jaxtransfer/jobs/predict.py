@@ -1,124 +1,30 @@
-"""A finished run's network on new images: what it says, how good it is there.
+"""A finished run's network on something new: what it says, how good it is.
 
 Nothing is fitted or chosen: network, input, temperature and thresholds are
 those of the run. Where labels are known this is its external validation.
 """
 
-import dataclasses
-import json
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from jaxtransfer import (
+  applied,
   configuration,
   errors,
-  inference,
+  exports,
   parallel,
   predictions,
   preview,
   results,
 )
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import images as imaging
-from jaxtransfer.data import labels, names, pipeline, sources
-from jaxtransfer.data.dataset import Dataset
-from jaxtransfer.measure import evaluation, operating, scoring
+from jaxtransfer.data import pipeline
+from jaxtransfer.measure import evaluation, scoring
 from jaxtransfer.report import page, sentences
-from jaxtransfer.weights import loading
-
-# Of the card that an export has, what a network cannot be used without.
-_NEEDED = ("network", "until", "classes", "multilabel", "image_size", "resize")
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-  """A network that a run handed over.
-
-  Attributes:
-    path: of its safetensors file.
-    card: what `loading.export` and `training.images.card` say of it.
-    run: the workdir of the run; None where only its export is there.
-  """
-
-  path: pathlib.Path
-  card: dict[str, Any]
-  run: pathlib.Path | None
-
-  @property
-  def thresholds(self) -> list[evaluation.Chosen]:
-    """Those that the run chose on its validation split."""
-    points = self.card.get("operating_points", {}).get("points", ())
-    return [
-      evaluation.Chosen(
-        point["class"],
-        point.get("name", point["rule"]),
-        float("nan") if point["threshold"] is None else point["threshold"],
-        operating.Rates(
-          *(
-            float("nan") if value is None else value
-            for value in (point["val"][r] for r in operating.Rates._fields)
-          )
-        ),
-      )
-      for point in points
-    ]
-
-  def own(self, metric: str) -> float | None:
-    """Returns what the run measured on its own test split."""
-    return self.card.get("metrics", {}).get(f"test:{metric}")
-
-
-def find(run: str) -> Exported:
-  """Finds what a finished run handed over.
-
-  Args:
-    run: its workdir, the folder `export`, or the file in it.
-
-  Raises:
-    UsageError: there is none, or it cannot be used here.
-  """
-  if not run:
-    raise errors.UsageError(
-      "config.run is empty; give the workdir of a finished finetune or"
-      " truncate, or its export folder"
-    )
-  given = pathlib.Path(run).expanduser()
-  if not given.exists():
-    raise errors.UsageError(f"config.run: {run} does not exist")
-  places = [given / "export" / "model.safetensors", given / "model.safetensors"]
-  path = next((p for p in places if p.is_file()), given)
-  if not path.is_file():
-    raise errors.UsageError(f"config.run: {run} {_why_nothing(given)}")
-  card = loading.read_card(path)
-  if missing := [key for key in _NEEDED if key not in card]:
-    raise errors.UsageError(
-      f"config.run: {path} says nothing of {', '.join(missing)}; it is no"
-      " network that finetune or truncate exported"
-    )
-  if card["resize"] != imaging.resize_card(card["image_size"]):
-    raise errors.UsageError(
-      f"config.run: {path} was trained on images resized otherwise"
-      f" ({card['resize']}); this version cannot do it"
-    )
-  home = path.parent.parent
-  return Exported(path, card, home if (home / "splits.json").exists() else None)
-
-
-def _why_nothing(workdir: pathlib.Path) -> str:
-  """Says why a folder holds no network."""
-  if not (workdir / "config.json").exists():
-    return "is no workdir of a finished run, and no export folder"
-  if not (workdir / "results.json").exists():
-    return "is not finished; run its command again first"
-  text = (workdir / "config.json").read_text(encoding="utf-8")
-  job = json.loads(text)["config"]["job"]
-  return f"is of the job {job}, which hands over no network"
 
 
 def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
@@ -129,148 +35,64 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     workdir: a claimed directory.
 
   Returns:
-    The exit code: 0, or 1 where images could not be read.
+    The exit code: 0, or 1 where something could not be read.
 
   Raises:
     UsageError: the config, the run or the source cannot be used.
-    RunError: too many images cannot be read.
+    RunError: too much cannot be read.
   """
   configuration.check(config)
   configuration.positive(config, "resamples")
   errors.check_range("prevalence", config.prevalence, least=0, below=1)
-  exported = find(config.run)
-  card = exported.card
+  errors.check_range("heatmaps", config.heatmaps, least=0, most=1000)
+  exported = exports.find(config.run)
   devices = parallel.Devices(config.parallel)
-  seen = config.copy_and_resolve_references()
-  with seen.unlocked():
-    seen.data.image_size = card["image_size"]
-  data = _open(seen, exported)
-  source = loading.resolve_weights(card["network"], exported.path)
-  network = loading.create_model(
-    card["network"],
-    until=card["until"],
-    keep_head=True,
-    weights=source,
-    dtype=jnp.dtype(config.dtype),
-  )
-  compute = inference.place(
-    {"": network}, inference.logits, devices, source.mean, source.std
-  )
-  rows = data.rows["test"]
-  size = devices.batch_size(config.batch_size)
-  batches = pipeline.Batches(
-    data.examples,
-    rows,
-    image_size=card["image_size"],
-    batch_size=size,
-    workers=config.data.workers,
-    shard=devices.shard,
-  )
-  what = f"{card['network']} cut after {card['until']}"
+  if exported.of_slides:
+    of = applied.Slides(config, exported, devices, workdir.path)
+  else:
+    of = applied.Images(config, exported, devices)
   if workdir.dry:
-    speed = preview.measure(
-      batches, lambda batch: compute(devices.put(batch["image"]))
-    )
+    speed, seconds, size, work = of.preview()
+    divisions = [] if of.later else [of.data]
     return preview.tell(
-      config,
-      workdir.path,
-      [data],
-      [f"1 pass of {what} over {len(rows):,} images, on {devices}"],
-      speed,
-      speed.of(-(-len(rows) // size)),
-      # A line of predictions.csv, and the page.
-      len(rows) * (80 + 20 * len(data.names)) + 2e6,
+      config, workdir.path, divisions, work, speed, seconds, size
     )
   begun = results.Run(**workdir.begin(str(devices)))
-  print(f"{len(rows):,} images; {what}, of {exported.path}", flush=True)
-  for note in data.notes:
-    print(note, flush=True)
+  print(f"{of.what}, of {exported.path}", flush=True)
   started = time.monotonic()
-  with batches:
-    read, of_networks = inference.read(inference.run(compute, batches, devices))
-    unreadable = sorted(batches.failures)
-  pipeline.too_many(unreadable, len(rows), config.data.max_failures)
-  if unreadable:
-    pipeline.write_failures(workdir.path / "failures.csv", unreadable)
-  logits = of_networks[""]
-  if not np.isfinite(logits).all():
+  said = of.predict()
+  count = len(said.rows) + len(said.failures)
+  failures = list(said.failures.items())
+  pipeline.too_many(failures, count, config.data.max_failures, of.unit)
+  if failures:
+    pipeline.write_failures(workdir.path / "failures.csv", failures)
+  for note in [*of.data.notes, *of.notes]:
+    print(note, flush=True)
+  if not np.isfinite(said.logits).all():
     raise errors.RunError(
       f"{exported.path}: its outputs are no numbers; the file is damaged, or"
       f" config.dtype={config.dtype} does not hold them"
     )
-  seconds = {"predicting": time.monotonic() - started}
+  seconds_of = {"predicting": time.monotonic() - started}
   of_new = predictions.of_logits(
-    data, read, logits, card["temperature"], card["until"], None
+    of.data,
+    said.rows,
+    said.logits,
+    exported.card["temperature"],
+    _tap(exported),
+    None,
   )
-  left = _results(
-    config, exported, source, data, of_new, logits, dict(unreadable), begun
-  )
-  left["summary"]["seconds"] = seconds
+  left = _results(config, exported, of, of_new, said, begun)
+  left["summary"]["seconds"] = seconds_of
   predictions.write(workdir.path / "predictions.csv", [of_new])
-  shown = predictions.show(seen, [of_new], "images")
-  page.write(workdir.path, left, shown)
+  page.write(workdir.path, left, **of.show(of_new))
   return workdir.finish(left)
 
 
-def _open(config: ml_collections.ConfigDict, exported: Exported) -> Dataset:
-  """Opens the new images, with the labels that are known."""
+def _tap(exported: exports.Exported) -> str:
+  """Returns where the network is cut, or what encoder it reads."""
   card = exported.card
-  examples = sources.open_source(config.data, known=card["classes"])
-  try:
-    classes, targets = labels.read_targets(
-      examples.classes, card["multilabel"], card["classes"]
-    )
-  except errors.UsageError as e:
-    raise errors.UsageError(f"{config.data.source}: {e}") from None
-  rows = np.arange(len(examples))
-  notes = list(examples.notes)
-  unknown = int(np.isnan(targets[examples.labels]).all(1).sum())
-  if 0 < unknown < len(examples):
-    notes.append(
-      f"{unknown:,} of {len(examples):,} images have no label: they are"
-      " predicted, and not scored"
-    )
-  notes += _met_before(exported, examples)
-  return Dataset(
-    examples,
-    {"test": rows},
-    classes,
-    targets,
-    card["multilabel"],
-    notes=notes,
-  )
-
-
-def _met_before(exported: Exported, examples: sources.Examples) -> list[str]:
-  """Notes images and groups that the network was trained or chosen on."""
-  if exported.run is None:
-    return []
-  text = (exported.run / "splits.json").read_text(encoding="utf-8")
-  stored = json.loads(text)
-  used = [
-    row
-    for split, of in stored.items()
-    if split.startswith(("train", "val"))
-    for row in of
-  ]
-  groups = (stored.get("columns") or {}).get("group")
-  known = {stored["names"][row] for row in used}
-  notes = []
-  if both := [name for name in examples.names if name in known]:
-    notes.append(
-      f"{len(both):,} images have the name of one that the run trained or"
-      f" validated on ({names.shown(both)}): where they are the same, the"
-      " scores flatter"
-    )
-  if groups and examples.groups is not None:
-    of_run = {groups["values"][groups["rows"][row]] for row in used}
-    if shared := sorted(set(examples.groups) & of_run):
-      notes.append(
-        f"{len(shared):,} groups have the name of one that the run trained or"
-        f" validated on ({names.shown(shared)}): where they are the same"
-        " patients, the scores flatter"
-      )
-  return notes
+  return card["pooled"] if exported.of_slides else card["until"]
 
 
 def _called(of: predictions.Predictions) -> list[results.Called]:
@@ -291,7 +113,7 @@ def _called(of: predictions.Predictions) -> list[results.Called]:
 
 def _evaluate(
   config: ml_collections.ConfigDict,
-  exported: Exported,
+  exported: exports.Exported,
   of: predictions.Predictions,
   logits: np.ndarray,
 ) -> tuple[evaluation.Evaluation | None, np.ndarray]:
@@ -328,7 +150,7 @@ def _evaluate(
 
 
 def _prevalence(
-  config: ml_collections.ConfigDict, exported: Exported
+  config: ml_collections.ConfigDict, exported: exports.Exported
 ) -> float | None:
   of_run = exported.card.get("operating_points", {}).get("prevalence")
   return config.prevalence or of_run
@@ -336,21 +158,20 @@ def _prevalence(
 
 def _results(
   config: ml_collections.ConfigDict,
-  exported: Exported,
-  source: loading.Source,
-  data: Dataset,
+  exported: exports.Exported,
+  of: applied.Images | applied.Slides,
   of_new: predictions.Predictions,
-  logits: np.ndarray,
-  failures: Mapping[str, str],
+  said: applied.Said,
   begun: results.Run,
 ) -> results.Results:
   """Turns what was said, and what is true, into rows and a summary."""
-  card = exported.card
-  evaluated, labelled = _evaluate(config, exported, of_new, logits)
+  card, data = exported.card, of.data
+  evaluated, labelled = _evaluate(config, exported, of_new, said.logits)
+  encoder: Mapping[str, Any] = card["encoder"] if exported.of_slides else card
   base = {
-    "network": card["network"],
-    "weights": str(card.get("weights", "")),
-    "tap": card["until"],
+    "network": encoder.get("network") or encoder.get("name"),
+    "weights": str(encoder.get("weights", "")),
+    "tap": _tap(exported),
     "probe": "predict",
   }
   called = _called(of_new)
@@ -372,7 +193,7 @@ def _results(
     rows += results.value_rows(base, evaluated.values)
     rows += results.point_rows(base, points, [0])
   groups = data.groups_of(labelled)
-  of_what = f"{len(labelled):,} images"
+  of_what = f"{len(labelled):,} {of.unit}"
   if groups is not None:
     of_what = f"{len(set(groups)):,} groups"
   all_groups = data.groups_of(of_new.rows)
@@ -380,27 +201,28 @@ def _results(
     sentence="",
     rule=(
       "Network, input, temperature and thresholds are those of the run; nothing"
-      " was fitted or chosen on these images."
+      f" was fitted or chosen on these {of.unit}."
     ),
-    cut=card["until"],
+    unit=of.unit,
+    cut=base["tap"],
     metric="auroc",
-    network=card["network"],
-    weights=str(card.get("weights", "")),
-    data=config.data.source,
+    network=str(base["network"]),
+    weights=base["weights"],
+    data=config.data.source or config.data.features,
     classes=data.names,
-    taps=[card["until"]],
+    taps=[base["tap"]],
     rows={"read": len(of_new.rows), "labelled": len(labelled)},
     groups=None if all_groups is None else {"read": len(set(all_groups))},
-    notes=[*data.notes, *source.notes],
+    notes=[*data.notes, *of.notes],
     interval="",
-    failures=len(failures),
-    normalisation={"mean": list(source.mean), "std": list(source.std)},
-    weights_sha256=source.sha256,
+    failures=len(said.failures),
+    normalisation={"mean": list(of.mean), "std": list(of.std)},
+    weights_sha256=str(encoder.get("weights_sha256", "")),
     seconds={},
     run=begun,
     multilabel=data.multilabel,
     used=str(exported.path),
-    image_size=card["image_size"],
+    image_size=encoder.get("image_size"),
     temperature=card["temperature"],
     own_test={
       name: exported.own(name)

@@ -19,10 +19,11 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
   Returns:
     The page's middle; what needs labels is left out where none are known.
   """
-  title = (
-    f"{summary.get('network')} cut after {summary.get('cut')}, used on"
-    f" {summary.get('data')}"
-  )
+  unit = str(summary.get("unit") or "images")
+  title = f"{summary.get('network')} cut after {summary.get('cut')}"
+  if unit == "slides":
+    title = f"The network of {summary.get('cut')}"
+  title += f", used on {summary.get('data')}"
   sections = [Section("What it says", [_called_table(summary)])]
   if not summary.get("labelled"):
     return Content(title, sections)
@@ -46,7 +47,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           picture(
             "ranking",
             ranking,
-            "ROC and precision-recall curves of the labelled images",
+            f"ROC and precision-recall curves of the labelled {unit}",
             ranking_words,
           )
         ],
@@ -57,7 +58,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           picture(
             "confusion",
             confusion,
-            "Labelled images by true and predicted class",
+            f"Labelled {unit} by true and predicted class",
             confusion_words,
           ),
           finetune.confusion_key(summary),
@@ -74,7 +75,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           picture(
             "reliability",
             reliability,
-            "Accuracy against confidence of the labelled images",
+            f"Accuracy against confidence of the labelled {unit}",
             "On the dotted line a network is right as often as it says. Below"
             " it is too sure of itself. The temperature of the second line was"
             " fitted by the run on its own validation split, not on these"
@@ -87,6 +88,7 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
 
 
 def _called_table(summary: Mapping[str, Any]) -> Html:
+  unit = str(summary.get("unit") or "images")
   total = tables.finite((summary.get("rows") or {}).get("read"))
   lines = [
     [
@@ -103,9 +105,9 @@ def _called_table(summary: Mapping[str, Any]) -> Html:
     else ("whose likeliest class it is")
   )
   return tables.table(
-    f"Images {rule}, and the mean probability over all images, with the"
-    " temperature of the run. predictions.csv has every image.",
-    ["", "images", "share", "mean probability"],
+    f"{unit.capitalize()} {rule}, and the mean probability over all {unit},"
+    f" with the temperature of the run. predictions.csv has every one.",
+    ["", unit, "share", "mean probability"],
     lines,
   )
 
@@ -124,9 +126,9 @@ def _metric_table(
     for name, word in results.METRIC_WORDS.items()
   ]
   return tables.table(
-    "Of the images with labels. Brackets hold intervals. Beside it what the run"
-    " measured on its own test split; its loss may weigh classes, this one does"
-    " not.",
+    f"Of the {summary.get('unit') or 'images'} with labels. Brackets hold"
+    " intervals. Beside it what the run measured on its own test split; its"
+    " loss may weigh classes, this one does not.",
     ["", "here", "here, with temperature", "test split of its run"],
     lines,
   )

@@ -212,7 +212,10 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
     One to three sentences.
   """
   images, labelled = summary["rows"]["read"], summary["labelled"]
+  unit = summary["unit"]
   what = f"{summary['network']} cut after {summary['cut']}"
+  if unit == "slides":
+    what = f"the network of {summary['cut']}"
   shares = [
     f"{of['images']:,} {of['name']}"
     for of in sorted(summary["called"], key=lambda of: -of["images"])
@@ -222,11 +225,12 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
   )
   if not labelled:
     return (
-      f"Of {images:,} images {what} calls {said}. No label is known, so"
+      f"Of {images:,} {unit} {what} calls {said}. No label is known, so"
       " nothing can be said of how often it is right here."
     )
   told = [_number(scores[m], "value", m) for m in ("auroc", "accuracy")]
-  text = f"{what} gives {errors.listed(told)} on {labelled:,} labelled images"
+  text = f"{what} gives {errors.listed(told)} on {labelled:,} labelled {unit}"
+  text = text[0].upper() + text[1:] if unit == "slides" else text
   if labelled < images:
     text += f" of {images:,}"
   sentences = [f"{text}."]
@@ -235,7 +239,7 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
     before = f"{own:.3f}"
     low, high = (scores["auroc"][end] for end in ("low", "high"))
     if low is not None and low <= own <= high:
-      so = "these images do not show that it is worse or better here"
+      so = f"these {unit} do not show that it is worse or better here"
     elif low is not None:
       so = f"it is {'worse' if own > high else 'better'} here"
     else:
@@ -250,7 +254,7 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
       for name, of in scores.items()
     },
   }
-  doubts = _doubts("the network", row)
+  doubts = _doubts("the network", row, unit=unit)
   return _with_doubts(sentences, "Do not rely on it here", doubts, None)
 
 

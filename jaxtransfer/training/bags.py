@@ -270,16 +270,8 @@ class BagTask:
     """
     numbers = self._devices.replicate(numbers)
     with self._batches(self._evaluation(split)) as batches:
-      for row, mask, values in self._pass(self.programs.read, numbers, batches):
-        for i in np.flatnonzero(mask).tolist():
-          tiles = int(self._source.tiles[row[i]])
-          yield Slide(
-            int(row[i]),
-            values.logits[i],
-            values.attention.weights[i, :tiles],
-            values.attention.scores[i, :tiles],
-            values.tiles[i, :tiles],
-          )
+      outputs = self._pass(self.programs.read, numbers, batches)
+      yield from _slides(outputs, self._source.tiles)
     self._note(batches, split)
 
   def _pass(
@@ -289,13 +281,7 @@ class BagTask:
     batches: buckets.Batches,
     stop: Callable[[], bool] = lambda: False,
   ) -> Iterator[inference.Outputs]:
-    return inference.run(
-      lambda inputs: program(numbers, inputs),
-      batches,
-      self._devices,
-      inputs=lambda batch: (batch["features"], batch["tiles"]),
-      stop=stop,
-    )
+    return _run(program, numbers, batches, self._devices, stop)
 
   def _note(self, batches: buckets.Batches, split: str) -> None:
     self.failures |= dict(batches.failures)
@@ -319,6 +305,58 @@ class BagTask:
       labels=self._data.examples.labels,
       weights=self._data.class_weights(self.config.loss.class_weights),
     )
+
+
+def read(
+  network: pooling.BagNetwork,
+  batches: buckets.Batches,
+  source: buckets.Source,
+  devices: parallel.Devices,
+) -> Iterator[Slide]:
+  """Yields what a finished network says of slides.
+
+  Args:
+    network: with values.
+    batches: of the slides, all tiles.
+    source: what these hold.
+    devices: where.
+  """
+  graph, *numbers = functional.split(network)
+  program = devices.compile(_compute(graph, pooling.BagNetwork.read))
+  numbers = devices.replicate(tuple(numbers))
+  yield from _slides(_run(program, numbers, batches, devices), source.tiles)
+
+
+def _run(
+  program: Callable[[functional.Numbers, Any], Any],
+  numbers: functional.Numbers,
+  batches: buckets.Batches,
+  devices: parallel.Devices,
+  stop: Callable[[], bool] = lambda: False,
+) -> Iterator[inference.Outputs]:
+  return inference.run(
+    lambda inputs: program(numbers, inputs),
+    batches,
+    devices,
+    inputs=lambda batch: (batch["features"], batch["tiles"]),
+    stop=stop,
+  )
+
+
+def _slides(
+  outputs: Iterator[inference.Outputs], tiles: np.ndarray
+) -> Iterator[Slide]:
+  """Yields every slide of batches without its padding."""
+  for row, mask, values in outputs:
+    for i in np.flatnonzero(mask).tolist():
+      count = int(tiles[row[i]])
+      yield Slide(
+        int(row[i]),
+        values.logits[i],
+        values.attention.weights[i, :count],
+        values.attention.scores[i, :count],
+        values.tiles[i, :count],
+      )
 
 
 def _compute(

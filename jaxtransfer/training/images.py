@@ -365,7 +365,6 @@ def card(
     data: its images.
     evaluated: what it is worth.
   """
-  activation = "sigmoid" if data.multilabel else "softmax"
   return {
     "head": config.network.head,
     "classes": data.names,
@@ -377,27 +376,7 @@ def card(
       f"{of.split}:{of.metric}": files.finite(of.value)
       for of in evaluated.values
     },
-    "operating_points": {
-      "meaning": (
-        "An image is called of the class where the probability of this class,"
-        f" {activation}(logits / temperature), is at or above the threshold."
-        " Thresholds were chosen on the validation split and measured on the"
-        " test split."
-      ),
-      "prevalence": config.prevalence or None,
-      "points": [
-        {
-          "class": point["class"],
-          "name": point["rule"],
-          "rule": point["words"],
-          "threshold": point["thresholds"][0],
-          "val": point["val"],
-          "test": {
-            key: {"value": of["mean"], "low": of["low"], "high": of["high"]}
-            for key, of in point["test"].items()
-          },
-        }
-        for point in results.points(evaluated.points)
-      ],
-    },
+    "operating_points": results.operating_card(
+      evaluated.points, config.prevalence, multilabel=data.multilabel
+    ),
   }

@@ -9,14 +9,13 @@ import pytest
 
 from jaxtransfer import attention, errors, workdir
 from jaxtransfer.data import feature_files
-from jaxtransfer.jobs import extract, slides
+from jaxtransfer.jobs import slides
 from jaxtransfer.weights import loading
 from tests import typed
-from tests.data import slide_files
 from tests.extraction import drawn
-from tests.jobs import configs
+from tests.jobs import configs, tiled
 
-TOP, SLIDES = 3, 12
+TOP = 3
 CHANGES = {
   "folds": 3,
   "epochs": 2,
@@ -35,45 +34,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """Twelve slides of six patients; those of one class have a bright patch.
-  Their features are those of a small network with random weights."""
-  root = tmp_path_factory.mktemp("topk")
-  (root / "slides").mkdir()
-  rows = ["path,label,group"]
-  for i in range(SLIDES):
-    pixels = (drawn.pixels(i) * 0.4).astype(np.uint8)
-    patient = i // 2
-    if patient % 2:
-      pixels[64:128, 96:160] = 250
-    name = f"s{i:02d}"
-    path = root / "slides" / f"{name}.tiff"
-    slide_files.write_pyramid(path, [pixels], drawn.MPP)
-    x, y = np.meshgrid(range(0, 320, 64), range(0, 320, 64))
-    corners = np.stack([x.ravel(), y.ravel()], 1)[: 25 - i % 3]
-    feature_files.write_coords(
-      root / "coords" / f"{name}.h5", drawn.coords(corners)
-    )
-    rows.append(
-      f"slides/{name}.tiff,{['a', '<b>b</b>'][patient % 2]},p{patient}"
-    )
-  (root / "slides.csv").write_text("\n".join(rows) + "\n")
-  config = configs.load("extract", "cbr_tiny")
-  config.update_from_flattened_dict(
-    {
-      "data.source": str(root / "slides.csv"),
-      "coords": str(root / "coords"),
-      "network.weights": "",
-      "taps": "block1",
-      "features_dtype": "float32",
-    }
-  )
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAXTRANSFER_CACHE", str(root / "cache"))
-    with workdir.claim(
-      root / "features", config.to_dict(), "the command", shared=True
-    ) as claimed:
-      assert extract.run(config, claimed) == 0
-  return root
+  return tiled.write(tmp_path_factory.mktemp("topk"))
 
 
 def _config(source, **changes):
@@ -121,7 +82,7 @@ def test_frozen_and_tuned_stand_side_by_side(finished):
     lines = list(csv.DictReader(f))
   for row in table:
     of = [line["name"] for line in lines if line["tap"] == row["name"]]
-    assert sorted(of) == [f"s{i:02d}" for i in range(SLIDES)]
+    assert sorted(of) == [f"s{i:02d}" for i in range(tiled.SLIDES)]
   assert table[1]["against_first"]["auroc"]["value"] == pytest.approx(
     table[1]["test"]["auroc"]["mean"] - table[0]["test"]["auroc"]["mean"]
   )

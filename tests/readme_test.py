@@ -11,6 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.data import slide_files
+from tests.jobs import configs
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Makes a run of each job small, without touching what the README says.
@@ -40,18 +43,24 @@ SMALL = {
     "--config.cost_batch_size=8",
   ),
   "predict": (),
+  "tile": ("--config.tile=32", "--config.tissue.min_area=0"),
+  "extract": ("--config.network.weights=", "--config.network.until=stem"),
+  "slides": ("--config.folds=3", "--config.epochs=1"),
 }
-ALL_SMALL = ("--config.resamples=20", "--config.batch_size=8")
+# Keys that not every job has.
+ALL_SMALL = {"resamples": 20, "batch_size": 8}
 # What only some jobs leave.
 OF_JOBS = {
   # Of images without labels there is nothing to draw.
   "figures": ("layers", "finetune", "truncate"),
-  "features": ("layers",),
+  "features": ("layers", "extract"),
   "checkpoints": ("finetune",),
-  "units": ("truncate",),
-  "export": ("finetune", "truncate"),
+  "units": ("truncate", "tile", "extract", "slides"),
+  "export": ("finetune", "truncate", "slides"),
+  "predictions.csv": ("layers", "finetune", "truncate", "slides", "predict"),
+  "attention": ("slides",),
   "metrics.jsonl": ("layers", "finetune"),
-  "splits.json": ("layers", "finetune", "truncate"),
+  "splits.json": ("layers", "finetune", "truncate", "slides"),
   "duplicates.json": ("layers", "finetune", "truncate"),
 }
 
@@ -84,6 +93,17 @@ def folder(tmp_path_factory):
   (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
   (tmp_path / "new_tiles").mkdir()
   PIL.Image.fromarray(pixels).save(tmp_path / "new_tiles" / "new.png")
+  for name, count in (("slides", 12), ("new_slides", 2)):
+    (tmp_path / name).mkdir()
+    rows = ["path,label,group"]
+    for i in range(count):
+      pixels = np.full((128, 128, 3), 245, np.uint8)
+      pixels[16:112, 16:112] = rng.integers(90, 240, (96, 96, 3)) * (1, 0.5, 1)
+      path = tmp_path / name / f"{name}{i}.tiff"
+      slide_files.write_pyramid(path, [pixels], 0.5)
+      rows.append(f"{name}/{path.name},{'ab'[i % 2]},patient {i}")
+    if name == "slides":
+      (tmp_path / "slides.csv").write_text("\n".join(rows) + "\n")
   network = zoo.build("resnet50", until="layer1")
   tensors.load(network, tensors.random(network, 1))
   loading.export(network, tmp_path / "weights.safetensors")
@@ -105,7 +125,11 @@ def test_a_job_runs_as_the_readme_starts_it(command, folder):
       "jaxtransfer.main",
       *arguments,
       *SMALL[job],
-      *ALL_SMALL,
+      *(
+        f"--config.{key}={value}"
+        for key, value in ALL_SMALL.items()
+        if key in configs.load(job)
+      ),
     ],
     cwd=folder,
     capture_output=True,

@@ -12,8 +12,9 @@ so are weights, random ones. Both sides are read alone, too.
 
 Sides take turns, round after round, each in a process of its own with its
 programs compiled before; a ratio is the median over rounds of the ratio within
-a round. Times are from the first slide to the last file; memory is the largest
-sum over the processes of a side, shared pages counted once.
+a round. Times are from the first slide to the last file, on the clock and in processor
+seconds; memory is the largest sum over the processes of a side, shared pages
+counted once.
 """
 
 import argparse
@@ -29,6 +30,15 @@ import threading
 import time
 
 OURS, TORCH = "jaxtransfer", "torch"
+
+
+def clock() -> list[float]:
+  """Seconds on the clock, and of all processors for this and its children."""
+  return [time.perf_counter(), sum(os.times()[:4])]
+
+
+def since(started: list[float]) -> list[float]:
+  return [now - then for now, then in zip(clock(), started, strict=True)]
 
 
 # --- ours --------------------------------------------------------------------
@@ -53,7 +63,7 @@ def ours(settings: dict) -> dict:
     }
   )
   of = tiles.open_tiles(config, settings["coords"])
-  started = time.perf_counter()
+  started = clock()
   with pipeline.Readers(of.reader, settings["workers"]) as readers:
     for bag in of.bags:
       places = bag.open()
@@ -63,24 +73,23 @@ def ours(settings: dict) -> dict:
       ]
       for piece in pieces:
         assert not any(piece.result().reasons)
-  read = time.perf_counter() - started
+  read = since(started)
 
   name, _, until = settings["network"].partition(":")
   networks = encoders.open_encoders(name, "end", until=until)
   devices = parallel.Devices()
   options = store.Settings(settings["batch"], settings["workers"])
 
-  def extract(directory: str) -> float:
+  def extract(directory: str) -> list[float]:
     extraction = passes.Extraction(
       of, networks, devices, options, pathlib.Path(directory)
     )
     extraction.store.look()
-    if settings["warm"]:
-      batch = next(extraction.sample())
-      extraction.compute()(batch)
-    started = time.perf_counter()
+    batch = next(extraction.sample())
+    extraction.compute()(batch)
+    started = clock()
     extraction.run()
-    seconds = time.perf_counter() - started
+    seconds = since(started)
     assert not any(record["reason"] for record in extraction.store.results())
     return seconds
 
@@ -155,9 +164,9 @@ def torchs(settings: dict) -> dict:
     )
 
   names = sorted(p.stem for p in pathlib.Path(settings["coords"]).glob("*.h5"))
-  started = time.perf_counter()
+  started = clock()
   count = sum(len(batch) for name in names for batch, _ in loader(name))
-  read = time.perf_counter() - started
+  read = since(started)
 
   name, _, until = settings["network"].partition(":")
   whole = torchvision.models.get_model(name, weights=None).eval()
@@ -169,7 +178,7 @@ def torchs(settings: dict) -> dict:
   ).to(memory_format=torch.channels_last)
   where = "cuda" if torch.cuda.is_available() else "cpu"
   network = network.to(where)
-  started = time.perf_counter()
+  started = clock()
   with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
     for slide in names:
       with h5py.File(f"{directory}/{slide}.h5", "w") as f:
@@ -193,7 +202,7 @@ def torchs(settings: dict) -> dict:
   return {
     "tiles": count,
     "read": read,
-    "encode": time.perf_counter() - started,
+    "encode": since(started),
   }
 
 
@@ -305,9 +314,7 @@ def main() -> None:
     for number in range(-1, given.rounds):
       # The first only compiles, and brings the slides into memory.
       found = {
-        side: take(
-          side, python, {**settings, **own, "network": network, "warm": True}
-        )
+        side: take(side, python, {**settings, **own, "network": network})
         for side, (python, own) in sides.items()
       }
       if number >= 0:
@@ -330,17 +337,20 @@ def tell(network: str, rounds: list[dict]) -> None:
   tiles = rounds[0][OURS]["tiles"]
   print(f"\n{network}: {tiles:,} tiles, {len(rounds)} rounds")
   for what in ("read", "encode"):
-    speeds = {
-      side: [one[side]["tiles"] / one[side][what] for one in rounds]
-      for side in (OURS, TORCH)
-    }
-    ratios = [a / b for a, b in zip(speeds[OURS], speeds[TORCH], strict=True)]
-    for side, values in speeds.items():
-      print(
-        f"  {what:<7}{side:<12} tiles/s: least {min(values):7.1f}, median"
-        f" {statistics.median(values):7.1f}, most {max(values):7.1f}"
-      )
-    print(f"  {what:<7}ours is {statistics.median(ratios):.2f}")
+    for kind, unit in enumerate(("second", "processor second")):
+      speeds = {
+        side: [one[side]["tiles"] / one[side][what][kind] for one in rounds]
+        for side in (OURS, TORCH)
+      }
+      pairs = zip(speeds[OURS], speeds[TORCH], strict=True)
+      ratio = statistics.median(a / b for a, b in pairs)
+      for side, values in speeds.items():
+        low, most = min(values), max(values)
+        print(
+          f"  {what:<7}{side:<12} tiles a {unit}: {low:.1f},"
+          f" {statistics.median(values):.1f}, {most:.1f}"
+        )
+      print(f"  {what:<7}ours is {ratio:.2f}")
   for side in (OURS, TORCH):
     most = max(one[side]["memory"] for one in rounds)
     print(f"  memory {side:<12} {most / 2**20:,.0f} MiB")

@@ -55,6 +55,13 @@ _CALLED = {
   "data.image_size": (
     "img_size imgsize input_size size resolution crop_size tile_size patch_size"
   ),
+  "data.features": (
+    "features_dir feat_dir features_path embeddings data_root_dir feature_dir"
+  ),
+  "pooling.name": "model_type mil aggregator pool aggregation",
+  "pooling.dropout": "drop_out dropout",
+  "bag_size": "max_bag_size tiles_per_bag n_instances num_instances",
+  "sampling": "weighted_sample sampler",
   "data.workers": "num_workers n_workers n_jobs threads",
   "data.split_fractions": "split splits val_split test_split test_size",
   "data.few_shot": "shots n_shot shot",

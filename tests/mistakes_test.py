@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from jaxtransfer import configuration, errors, mistakes
+from jaxtransfer import configuration, errors, jobs, mistakes
 from tests.jobs import configs
 
 CONFIGS = configs.ROOT / "configs"
@@ -146,14 +146,17 @@ def test_short_forms_are_written_out_whatever_their_shape(monkeypatch):
 
 def test_names_of_other_tools_stand_for_keys_that_there_are():
   """A renamed key must not leave advice behind that does not hold."""
-  config = {**_flat("truncate"), **_flat("finetune"), **_flat("layers")}
-  assert set(mistakes._CALLED) <= set(config)
-  called = [n for names in mistakes._CALLED.values() for n in names.split()]
-  assert len(called) == len(set(called)) and not set(called) & set(config)
+  of_jobs = [set(_flat(job)) for job in jobs.JOBS]
+  assert set(mistakes._CALLED) <= set().union(*of_jobs)
+  called = {key: names.split() for key, names in mistakes._CALLED.items()}
+  for keys in of_jobs:
+    # In a job a name stands for one key, and never for another that it has.
+    names = [n for key in keys & set(called) for n in called[key]]
+    assert len(names) == len(set(names)) and not set(names) & keys
 
 
 def _flat(name):
-  return mistakes.configuration.flat(configs.load(name, "resnet18"))
+  return mistakes.configuration.flat(configs.load(name))
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def _report(
   table, measurements = _table(bench, rows, chosen)
   seeds = {row.name: bench.best_seed(row) for row in rows}
   evaluations = {
-    row.name: bench.evaluated(row, seeds[row.name]) for row in ranked
+    row.name: bench.evaluated(row, seeds[row.name]) for row in ranked[:_DRAWN]
   }
   evaluated = evaluations[chosen.name]
   exported = bench.export(chosen, seeds[chosen.name], evaluated)
@@ -249,7 +249,7 @@ def _report(
     temperature=evaluated.temperature,
     curves=[
       results.NamedCurves(name=name, **results.curves(of))
-      for name, of in list(evaluations.items())[:_DRAWN]
+      for name, of in evaluations.items()
     ],
     failed=[
       results.Failed(unit=name, reason=reason)

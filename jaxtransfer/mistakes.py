@@ -61,6 +61,13 @@ _CALLED = {
   "overlap": "patch_overlap",
   "min_tissue": "min_tissue_proportion tissue_threshold tissue_percentage",
   "save_tiles": "save_patches",
+  "data.features": (
+    "features_dir feat_dir features_path embeddings data_root_dir feature_dir"
+  ),
+  "pooling.name": "model_type mil aggregator pool aggregation",
+  "pooling.dropout": "drop_out dropout",
+  "bag_size": "max_bag_size tiles_per_bag n_instances num_instances",
+  "sampling": "weighted_sample sampler",
   "data.workers": "num_workers n_workers n_jobs threads",
   "data.split_fractions": "split splits val_split test_split test_size",
   "data.few_shot": "shots n_shot shot",

@@ -182,11 +182,14 @@ class Bench:
     self.divisions = [data.without(self.unreadable) for data in self.divisions]
     for data in self.divisions:
       for split, rows in data.rows.items():
-        if len(set(self.bags.labels[rows].tolist())) < 2:
+        # What was never trained on cannot be learnt; a fold of few may lack it.
+        least = len(data.names) if split == "train" else 2
+        if len(set(self.bags.labels[rows].tolist())) < least:
           where = "" if data.fold is None else f" of fold {data.fold}"
-          raise errors.RunError(
+          raise errors.UnreadableError(
             f"without the slides that cannot be read the {split} split{where}"
-            " has fewer than two classes; mend their files, see failures.csv"
+            f" has fewer than {least} classes; mend their files",
+            sorted(self.unreadable.items()),
           )
 
   def settle(self) -> None:

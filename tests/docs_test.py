@@ -11,6 +11,8 @@ import pytest
 
 from jaxtransfer import jobs
 from jaxtransfer.data import preprocess
+from jaxtransfer.networks import pooling
+from jaxtransfer.weights import bags as weights_bags
 from jaxtransfer.weights import loading
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -56,6 +58,36 @@ def test_torch_reads_an_exported_network_as_the_page_says(tmp_path, until):
   expected = np.asarray(model(preprocess.preprocess(pixels, mean, std)))
   found = np.load(tmp_path / "logits.npy")
   assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["attention", "gated_attention"])
+def test_torch_computes_what_an_exported_pooling_network_does(tmp_path, kind):
+  """The page's own code, of random features in place of its zeros."""
+  torch = os.environ.get("JAXTRANSFER_TORCH_PYTHON")
+  if not torch:
+    pytest.skip("JAXTRANSFER_TORCH_PYTHON names no interpreter with torch")
+  network = pooling.BagNetwork(
+    6, 3, pooling=kind, embedding=(9, 5), attention=4, dropout=0.5
+  )
+  pooling.randomise(network, 0)
+  weights_bags.export(
+    network, tmp_path / "runs" / "slides" / "export" / "model.safetensors"
+  )
+  features = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
+  np.save(tmp_path / "features.npy", features)
+  (code,) = re.findall(
+    r"```python\n(.*?)```", (DOCS / "slides.md").read_text(), re.DOTALL
+  )
+  zeros = re.search(r"^features = .*$", code, re.M)[0]
+  code = code.replace(
+    zeros, 'import numpy\nfeatures = torch.tensor(numpy.load("features.npy"))'
+  )
+  code += 'numpy.save("said.npy", logits.numpy())\n'
+  subprocess.run([torch, "-c", code], cwd=tmp_path, check=True)
+  expected = network(features[None], np.ones((1, 7), bool))[0]
+  np.testing.assert_allclose(
+    np.load(tmp_path / "said.npy"), expected, atol=1e-6
+  )
 
 
 def test_every_link_leads_somewhere():

@@ -217,12 +217,14 @@ def _report(
     for unit in row.units:
       bench.outputs(unit, "test")
   bench.unreadable |= trainings.unreadable(bench.kept)
-  chosen = max(rows, key=lambda row: np.nan_to_num(bench.value(row), nan=-1))
+  ranked = sorted(
+    rows, key=lambda row: -np.nan_to_num(bench.value(row), nan=-1)
+  )
+  chosen = ranked[0]
   table, measurements = _table(bench, rows, chosen)
   seeds = {row.name: bench.best_seed(row) for row in rows}
   evaluations = {
-    row.name: bench.evaluated(row, seeds[row.name])
-    for row in [chosen, *(row for row in rows if row is not chosen)]
+    row.name: bench.evaluated(row, seeds[row.name]) for row in ranked[:_DRAWN]
   }
   evaluated = evaluations[chosen.name]
   exported = bench.export(chosen, seeds[chosen.name], evaluated)
@@ -244,8 +246,8 @@ def _report(
       "Every training keeps its best epoch by validation"
       f" {results.metric_name(config.epoch_metric)}{last}; the best encoder is"
       f" the one with the highest mean validation"
-      f" {results.metric_name(config.metric)}. No slide that is tested had a"
-      " part in the training or the choices it is tested with."
+      f" {results.metric_name(config.metric)}. No slide had a part in the"
+      " training, the epoch or the temperature of the network that tests it."
     ),
     unit=bench.bags.unit,
     metric=config.metric,
@@ -283,7 +285,7 @@ def _report(
     temperature=evaluated.temperature,
     curves=[
       results.NamedCurves(name=name, **results.curves(of))
-      for name, of in list(evaluations.items())[:_DRAWN]
+      for name, of in evaluations.items()
     ],
     failed=[
       results.Failed(unit=name, reason=reason)

@@ -57,7 +57,7 @@ def reliability_words(summary: Mapping[str, Any]) -> tuple[str, str]:
     "On the dotted line a network is right as often as it says. Below it is"
     f" too sure of itself. Dividing the logits by the temperature,{number}"
     " fitted on the validation split, gives the second line. Larger dots hold"
-    " more images.",
+    f" more {summary.get('unit') or 'images'}.",
   )
 
 
@@ -248,9 +248,12 @@ def ranking(
   ]
   if not drawn:
     return None
+  # Long names stand below each other.
+  below = max(len(name) for name, _ in drawn) > _LONGEST_NAME
+  height = 3.5 + 0.18 * len(drawn) * below
   with figures.style():
     layout = ConstrainedLayoutEngine(w_pad=6 / 72)
-    figure = Figure(figsize=(6.8, 3.5), layout=layout)
+    figure = Figure(figsize=(6.8, height), layout=layout)
     axes = figure.subplots(1, 2)
     for kind, axis, (x_label, y_label) in zip(
       kinds,
@@ -279,11 +282,11 @@ def ranking(
           y,
           color=colour,
           drawstyle="steps-pre" if step else "default",
-          label=_short(name) or None,
+          label=tables.shorten(name) or None,
         )
     axes[0].plot([0, 1], [0, 1], color=figures.INK, linestyle=":", linewidth=1)
     if any(name for name, _ in drawn):
-      figures.legend(figure, axes[0])
+      figures.legend(figure, axes[0], 1 if below else 3)
   return figure
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from jaxtransfer.report import tables
 from jaxtransfer.report.markup import Html
 
+# Thresholds that are told one by one.
+_LISTED = 5
 _QUANTITIES = {
   "sensitivity": "sensitivity",
   "specificity": "specificity",
@@ -42,10 +44,7 @@ def table(
       *([tables.shorten(name)] if len(networks) > 1 else []),
       tables.shorten(str(point.get("class"))),
       str(point.get("words") or tables.ABSENT),
-      ", ".join(
-        tables.score(tables.finite(t)) for t in point.get("thresholds") or ()
-      )
-      or tables.ABSENT,
+      _thresholds([tables.finite(t) for t in point.get("thresholds") or ()]),
       *(_cell(point, name) for name in quantities),
     ]
     for name, points in networks
@@ -59,6 +58,13 @@ def table(
     *(f"test {_QUANTITIES[name]}" for name in quantities),
   ]
   return tables.table(_words(summary, every), header, lines)
+
+
+def _thresholds(values: Sequence[float]) -> str:
+  """Returns the thresholds of all repeats, of many the least and the most."""
+  if len(values) > _LISTED:
+    return f"{tables.score(min(values))} to {tables.score(max(values))}"
+  return ", ".join(map(tables.score, values)) or tables.ABSENT
 
 
 def _cell(point: Mapping[str, Any], name: str) -> Html:

@@ -6,9 +6,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from jaxtransfer import results
-from jaxtransfer.report import figures, finetune, operating, tables, truncate
+from jaxtransfer.report import (
+  figures,
+  finetune,
+  fonts,
+  operating,
+  tables,
+  truncate,
+)
 from jaxtransfer.report.markup import Content, Html, Picture, Section, join, tag
 from jaxtransfer.report.tables import Measurements
 
@@ -55,10 +63,12 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
           "encoders",
           encoders(summary),
           f"Test {metric} of every encoder",
-          "Above, the mean with its interval. Below, what each scores above the"
-          " best on validation, paired: of the same slides in the same"
-          " resamples. A full point's interval leaves out zero." + intervals,
-        )
+          "Left, the mean with its interval. Right, what each scores above the"
+          " best on validation, which is drawn in red, paired: of the same"
+          " slides in the same resamples. A full point's interval leaves out"
+          " zero." + intervals,
+        ),
+        fonts.key([_name(row) for row in summary.get("table") or ()]),
       ],
     ),
     Section(
@@ -162,27 +172,49 @@ def encoders(summary: Mapping[str, Any]) -> Figure | None:
   if len(items) < 2:
     return None
   names = truncate.distinct([_name(row) for row in items])
+  chosen = [bool(row.get("chosen")) for row in items]
   scores = _series([(row.get("test") or {}).get(metric) for row in items])
   differences = _series(
     [(row.get("against_chosen") or {}).get(metric) for row in items], "value"
   )
-  marks = [
-    figures.Mark(name, "best on validation")
-    for name, row in zip(names, items, strict=True)
-    if row.get("chosen")
-  ]
+  # One is told apart from the best where its interval leaves out zero.
+  apart = (differences.low > 0) | (differences.high < 0)
+  y = np.arange(len(items))
   with figures.style():
-    figure, axes = figures.depth_panels(names, [2.4, 1.3], marks)
-    above, below = axes
-    figures.draw_curve(
-      above, scores, label=None, colour=figures.BLUE, line="none"
+    figure = Figure(
+      figsize=(7.2, 0.9 + 0.28 * len(items)),
+      layout=ConstrainedLayoutEngine(w_pad=4 / 72),
     )
-    above.set_ylabel(f"test {results.metric_name(metric)}")
-    figures.score_limits(above, metric)
-    figures.name_marks(above, names, marks)
-    figures.draw_differences(below, differences, math.nan)
-    below.set_ylabel("above the best")
-    figure.align_ylabels()
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, series, full in (
+      (left, scores, np.ones(len(items), bool)),
+      (right, differences, apart),
+    ):
+      axis.grid(True, axis="x")
+      axis.grid(False, axis="y")
+      colours = np.where(chosen, figures.VERMILLION, figures.BLUE)
+      known = np.isfinite(series.low + series.high)
+      axis.hlines(
+        y[known], series.low[known], series.high[known], color=colours[known]
+      )
+      axis.scatter(
+        series.value,
+        y,
+        s=24,
+        c=np.where(full, colours, "white"),
+        edgecolors=colours,
+        linewidths=1,
+        zorder=3,
+      )
+    right.axvline(0, color=figures.INK, linewidth=0.8)
+    left.set_xlabel(f"test {results.metric_name(metric)}")
+    right.set_xlabel("above the best on validation")
+    labels = fonts.labels(names)
+    left.set_yticks(y, labels.words, fontfamily=labels.families)
+    left.set_ylim(len(items) - 0.4, -0.6)
+    for label, is_chosen in zip(left.get_yticklabels(), chosen, strict=True):
+      if is_chosen:
+        label.set(color=figures.VERMILLION, fontweight="bold")
   return figure
 
 
@@ -260,7 +292,8 @@ def encoder_table(summary: Mapping[str, Any]) -> Html | None:
   ]
   words = (
     f"Test scores of slides: mean ± standard deviation over"
-    f" {summary.get('repeats') or 'repeats'}, 95 % intervals in brackets."
+    f" {summary.get('repeats') or 'repeats'}, 95 % intervals in brackets. The"
+    " best is that on validation."
   )
   if counted:
     words += (
@@ -283,7 +316,7 @@ def encoder_table(summary: Mapping[str, Any]) -> Html | None:
 def _named(row: Mapping[str, Any]) -> Html:
   role = None
   if row.get("chosen"):
-    role = tag("span", "best on validation", class_="role")
+    role = tag("span", "best", class_="role")
   pooling = str(row.get("pooling") or "")
   about = [
     str(row[key]) for key in ("network", "weights", "tap") if row.get(key)

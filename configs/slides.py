@@ -77,6 +77,10 @@ def get_config(preset: str = "histotransfer") -> ml_collections.ConfigDict:
   config.data.features = ""  # folders of feature files, with commas between
   config.data.max_failures = 0.1  # share of slides that may lack features
   config.data.few_shot = 0  # train slides of each class; 0 = all
+  config.networks = ""  # name@weights,... to encode tiles here, in place of it
+  config.taps = "end"  # of these networks; blocks, layers, or names
+  config.data.coords = ""  # where their tiles are: a workdir of tile
+  config.data.image_size = 0  # pixels of a tile for them; 0 = its own
   config.data.slides = ""  # their own files: a folder or CSV; "" = data.source
   config.data.workers = 0  # processes that read slides; 0 = threads
   config.data.max_pixels = 100_000_000  # of a picture decoded whole

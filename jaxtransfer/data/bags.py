@@ -172,7 +172,7 @@ def open_bags(
     UnreadableError: too many slides with a label have no features.
   """
   failures: dict[str, str] = {}
-  folders = _encoders(config.features)
+  folders = _encoders(config.features, config.get("coords") or "")
   if known is not None and not config.source:
     names = list(_files(next(iter(folders.values()))))
     table = _Table(names, [""] * len(names), None, None, [])
@@ -305,9 +305,14 @@ def bare(name: str) -> str:
 # --- the folders -------------------------------------------------------------
 
 
-def _encoders(features: str) -> dict[str, pathlib.Path]:
+def _encoders(features: str, coords: str) -> dict[str, pathlib.Path]:
   """Returns name -> folder of all encoders that are asked for."""
   given = [part.strip() for part in features.split(",") if part.strip()]
+  if not given and coords:
+    raise MissingSourceError(
+      "the features were made by the run itself; its table is compared when it"
+      " goes on"
+    )
   if not given:
     raise UsageError(
       "config.data.features is empty; give a folder of feature files, one .h5"

@@ -31,7 +31,8 @@ from jaxtransfer import (
   tuning,
 )
 from jaxtransfer import workdir as workdirs
-from jaxtransfer.data import buckets, dataset, pipeline
+from jaxtransfer.data import buckets, dataset, pipeline, tiles
+from jaxtransfer.extraction import encoders, passes, store
 from jaxtransfer.measure import evaluation, metrics
 from jaxtransfer.networks import pooling
 from jaxtransfer.report import page, sentences
@@ -67,6 +68,15 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
   devices = parallel.Devices(config.parallel, parallel.sharing(together))
   training_bags.check(config, devices)
   of_slides = heatmaps.Slides(config.data)
+  if config.networks:
+    extraction = _extraction(config, devices, workdir)
+    if workdir.dry:
+      return _preview_encoding(config, extraction, devices, workdir)
+    workdir.begin(str(devices))
+    extraction.run()
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+      config.data.features = str(workdir.path / "features")
   divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   bench = pooled.Bench(config, poolings, devices, divisions, workdir.path)
   if workdir.dry:
@@ -111,6 +121,63 @@ def _views(
   return heatmaps.views(bench.path, name, names, of_slides)
 
 
+def _extraction(
+  config: ml_collections.ConfigDict,
+  devices: parallel.Devices,
+  workdir: workdirs.Workdir,
+) -> passes.Extraction:
+  """Returns what encodes the slides' tiles with the networks of the config."""
+  data = config.data.copy_and_resolve_references()
+  with data.unlocked():
+    data.source = data.slides or data.source
+  networks = encoders.open_encoders(
+    config.networks, config.taps, seed=config.seed, dtype=config.dtype
+  )
+  of = tiles.open_tiles(data, config.data.coords)
+  for encoder in networks:
+    encoder.network.check_size(of.size)
+    for note in encoder.source.notes:
+      print(note, flush=True)
+  extraction = passes.Extraction(
+    of,
+    networks,
+    devices,
+    store.Settings(
+      batch_size=config.topk.encode_batch_size, workers=config.data.workers
+    ),
+    workdir.path,
+  )
+  extraction.store.look()
+  return extraction
+
+
+def _preview_encoding(
+  config: ml_collections.ConfigDict,
+  extraction: passes.Extraction,
+  devices: parallel.Devices,
+  workdir: workdirs.Workdir,
+) -> int:
+  """Tells how long the tiles take; the trainings depend on what comes out."""
+  speed = preview.measure(extraction.sample(), extraction.compute())
+  steps = sum(extraction.batches_of(packet) for packet in extraction.packets)
+  width = sum(output.channels for output in extraction.outputs)
+  work = [
+    f"{extraction.tiles.count:,} tiles of {len(extraction.tiles.bags):,} slides"
+    f" through {len(extraction.outputs)} encoders, on {devices}",
+    "then the trainings, whose time is not in what follows; with the features"
+    " at hand, data.features in place of networks, --dry_run has it",
+  ]
+  return preview.tell(
+    config,
+    workdir.path,
+    [],
+    work,
+    speed,
+    speed.of(steps),
+    2.0 * width * extraction.tiles.count,
+  )
+
+
 def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Checks what can be checked without opening anything.
 
@@ -145,6 +212,18 @@ def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   for key in ("dropout", "attention_dropout"):
     share = config.pooling[key]
     optimisers.check_range(f"pooling.{key}", share, least=0, below=1)
+  if bool(config.networks) == bool(config.data.features):
+    raise errors.UsageError(
+      "give config.data.features, the features of the slides' tiles, or"
+      " config.networks with config.data.coords, to make them here: one of the"
+      " two"
+    )
+  if bool(config.networks) != bool(config.data.coords):
+    raise errors.UsageError(
+      f"config.networks is {config.networks!r}, and config.data.coords"
+      f" {config.data.coords!r}: networks encode the tiles that coords name;"
+      " give both or neither"
+    )
   tuning.check(config, names)
   return tuple(dict.fromkeys(names))
 

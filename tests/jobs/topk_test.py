@@ -195,9 +195,39 @@ def test_the_same_command_does_nothing_twice(finished, source, capsys):
   assert all(before[p] == time for p, time in after.items())
 
 
+def test_encoders_are_made_and_compared_in_one_command(source, tmp_path):
+  """Two cuts of a network, from pixels; as with the features made before."""
+  changes = {
+    "data.features": "",
+    "data.coords": str(source / "coords"),
+    "networks": "cbr_tiny@random",
+    "taps": "block1,block2",
+    "topk.tiles": 0,
+    "heatmaps": 0,
+  }
+  path = tmp_path / "run"
+  assert _run(_config(source, **changes), path) == 0
+  table = json.loads((path / "results.json").read_text())["summary"]["table"]
+  assert [row["tap"] for row in table] == ["block1", "block2"]
+  assert (
+    _run(
+      _config(source, **{"topk.tiles": 0, "heatmaps": 0}), tmp_path / "other"
+    )
+    == 0
+  )
+  summary = json.loads((tmp_path / "other" / "results.json").read_text())
+  (before,) = summary["summary"]["table"]
+  # float16 against float32 features.
+  assert table[0]["test"]["loss" if "loss" in table[0]["test"] else "auroc"][
+    "mean"
+  ] == pytest.approx(before["test"]["auroc"]["mean"], abs=0.13)
+
+
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
+    ({"networks": "cbr_tiny"}, "one of the two"),
+    ({"networks": "cbr_tiny", "data.features": ""}, "both or neither"),
     ({"pooling.name": "mean"}, "scores no tile"),
     ({"topk.learning_rate": 0.0}, "topk.learning_rate"),
     ({"data.slides": "nowhere"}, "does not exist"),

@@ -12,9 +12,9 @@ so are weights, random ones. Both sides are read alone, too.
 
 Sides take turns, round after round, each in a process of its own with its
 programs compiled before; a ratio is the median over rounds of the ratio within
-a round. Times are from the first slide to the last file, on the clock and in processor
-seconds; memory is the largest sum over the processes of a side, shared pages
-counted once.
+a round. Times are from the first slide to the last file, on the clock and in
+processor seconds; memory is the largest sum over the processes of a side,
+shared pages counted once.
 """
 
 import argparse

@@ -141,7 +141,7 @@ def met_before(exported: Exported, examples: sources.Examples) -> list[str]:
     notes.append(
       f"{len(both):,} {examples.unit} have the name of one that the run"
       f" trained or validated on ({names.shown(both)}): where they are the"
-      " same, the scores flatter"
+      " same, scores flatter"
     )
   if groups and examples.groups is not None:
     of_run = {groups["values"][groups["rows"][row]] for row in used}

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import importlib
+import os
 import pathlib
 import shlex
 import sys
@@ -223,7 +224,11 @@ def run() -> None:
   except errors.UsageError as e:
     hosts.One().end(str(e), USAGE)
   if answer is not None:
-    print(answer)
+    # Whoever reads it may have read enough: `jaxtransfer --help | head`.
+    with contextlib.suppress(BrokenPipeError):
+      print(answer, flush=True)
+      return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return
   command = shlex.join(["jaxtransfer", *given])
   # Where the config's flags look for themselves.

@@ -364,7 +364,13 @@ def _open_tree(root: pathlib.Path, max_pixels: int) -> Examples:
       f"{root}: no images; they are {', '.join(sorted(SUFFIXES))}"
       + (f"; there are {_said(others)}" if others else "")
     )
-  notes = [f"{root}: its folders are no classes, so no label is known"]
+  top = sorted({name.partition("/")[0] for name in names if "/" in name})
+  notes = [f"{root}: images without labels"]
+  if top:
+    notes = [
+      f"{root}: its folders, {naming.shown(top, 5)}, are none of the network's"
+      " classes, so no label is known"
+    ]
   if others:
     notes.append(f"{root}: not read: {_said(others)}")
   return _Files(

@@ -373,13 +373,16 @@ def _metric_table(
 
 
 def class_table(
-  summary: Mapping[str, Any], measurements: Measurements
+  summary: Mapping[str, Any],
+  measurements: Measurements,
+  where: str = "on the test split",
 ) -> Html | None:
   """Returns the scores of every class against the rest.
 
   Args:
     summary: the job's summary; of it "classes".
     measurements: its measurements.
+    where: it was measured.
 
   Returns:
     The table, or None where nothing was measured of a class.
@@ -396,7 +399,7 @@ def class_table(
   if not rows:
     return None
   return tables.table(
-    "Every class against the rest, on the test split.",
+    f"Every class against the rest, {where}.",
     ["class", *map(results.metric_name, results.BY_CLASS)],
     rows,
   )

@@ -19,6 +19,10 @@ _QUANTITIES = {
 def table(
   summary: Mapping[str, Any],
   networks: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+  chosen: str = (
+    "Thresholds were chosen on the validation split and kept in the resamples"
+    " of the test split; what they reach there may be less."
+  ),
 ) -> Html | None:
   """Returns what networks do at thresholds, a row for each.
 
@@ -26,6 +30,7 @@ def table(
     summary: the job's summary, of it "classes", "multilabel", "prevalence",
       "interval" and "unit".
     networks: a name and the points of each; one alone needs no name.
+    chosen: a sentence on where thresholds were chosen.
 
   Returns:
     The table, or None without a point.
@@ -57,7 +62,7 @@ def table(
     "threshold",
     *(f"test {_QUANTITIES[name]}" for name in quantities),
   ]
-  return tables.table(_words(summary, every), header, lines)
+  return tables.table(_words(summary, every, chosen), header, lines)
 
 
 def _thresholds(values: Sequence[float]) -> str:
@@ -74,7 +79,9 @@ def _cell(point: Mapping[str, Any], name: str) -> Html:
 
 
 def _words(
-  summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
+  summary: Mapping[str, Any],
+  points: Sequence[Mapping[str, Any]],
+  chosen: str,
 ) -> str:
   classes = list(dict.fromkeys(str(point.get("class")) for point in points))
   multilabel = summary.get("multilabel")
@@ -91,9 +98,7 @@ def _words(
     text = f"Each class in turn is positive, {rest} negative."
   text += (
     f" {one} is called positive where the probability of the class, with the"
-    " temperature, is at or above the threshold. Thresholds were chosen on the"
-    " validation split and kept in the resamples of the test split; what they"
-    " reach there may be less."
+    f" temperature, is at or above the threshold. {chosen}"
   )
   if any(len(point.get("thresholds") or ()) > 1 for point in points):
     text += (

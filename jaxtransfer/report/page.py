@@ -411,7 +411,7 @@ def _repeat(summary: Mapping[str, Any]) -> list[Html]:
   return [
     *(
       [
-        tag("p", "The same command with a new workdir:"),
+        tag("p", "The same command, with another --workdir:"),
         tag("pre", str(command)),
       ]
       if command

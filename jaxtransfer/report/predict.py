@@ -62,12 +62,21 @@ def content(summary: Mapping[str, Any], measurements: Measurements) -> Content:
             confusion_words,
           ),
           finetune.confusion_key(summary),
-          finetune.class_table(summary, measurements),
+          finetune.class_table(
+            summary, measurements, f"of the labelled {unit}"
+          ),
         ],
       ),
       Section(
         "At the thresholds of its run",
-        [operating.table(summary, [("", summary.get("operating") or ())])],
+        [
+          operating.table(
+            summary,
+            [("", summary.get("operating") or ())],
+            "Thresholds were chosen by the run, on its own validation split;"
+            f" what they reach on these {unit} may be less.",
+          )
+        ],
       ),
       Section(
         "What its probabilities mean here",

@@ -219,10 +219,11 @@ def of_predict(summary: Mapping[str, Any], scores: Mapping[str, Row]) -> str:
   shares = [
     f"{of['images']:,} {of['name']}"
     for of in sorted(summary["called"], key=lambda of: -of["images"])
+    if of["images"]
   ]
-  said = f"{errors.listed(shares[:_TOLD])}" + (
-    " and others" if shares[_TOLD:] else ""
-  )
+  if shares[_TOLD:]:
+    shares = [*shares[:_TOLD], "others"]
+  said = errors.listed(shares)
   if not labelled:
     return (
       f"Of {images:,} {unit} {what} calls {said}. No label is known, so"

@@ -127,7 +127,7 @@ def open_source(
       and the row.
     MissingSourceError: the source is not there.
   """
-  if "features" in config:
+  if getattr(config, "features", None) is not None:
     # It imports `Examples`, which its slides are.
     from jaxtransfer.data import bags
 

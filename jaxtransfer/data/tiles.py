@@ -263,7 +263,8 @@ def open_tiles(
 
 
 def _open_slides(config: ml_collections.ConfigDict, folder: str) -> TileSet:
-  if config.task:
+  # Not every job on slides has it.
+  if config.get("task"):
     raise UsageError(
       f"config.data.task is {config.task!r}, which is of manifests of images;"
       " with config.coords leave it out"

@@ -41,6 +41,8 @@ from jaxtransfer.training import loop, optimisers
 
 # A fold to test, one to validate, and the rest to train on.
 _LEAST_FOLDS = 3
+# Where features are that the run makes itself, with units of their own.
+_ENCODED = "encoded"
 # Encoders whose curves are drawn, the chosen one first.
 _DRAWN = 5
 # Of a row of the table, beside its scores.
@@ -64,6 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     SystemExit: 143 after SIGTERM, once the state is saved.
   """
   poolings = make_plan(config)
+  _check_features(config)
   together = max(1, config.batch_size // max(1, config.accumulate))
   devices = parallel.Devices(config.parallel, parallel.sharing(together))
   training_bags.check(config, devices)
@@ -76,7 +79,7 @@ def run(config: ml_collections.ConfigDict, workdir: workdirs.Workdir) -> int:
     extraction.run()
     config = config.copy_and_resolve_references()
     with config.unlocked():
-      config.data.features = str(workdir.path / "features")
+      config.data.features = str(workdir.path / _ENCODED)
   divisions = dataset.open_divisions(config, workdir.path / "splits.json")
   bench = pooled.Bench(config, poolings, devices, divisions, workdir.path)
   if workdir.dry:
@@ -145,7 +148,7 @@ def _extraction(
     store.Settings(
       batch_size=config.topk.encode_batch_size, workers=config.data.workers
     ),
-    workdir.path,
+    workdir.path / _ENCODED,
   )
   extraction.store.look()
   return extraction
@@ -187,7 +190,7 @@ def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   Raises:
     UsageError: naming the key.
   """
-  configuration.check(config)
+  configuration.check(config, zero=("data.image_size",))
   configuration.positive(config, "seeds")
   configuration.one_of("metric", config.metric, metrics.OF_SCORES)
   configuration.one_of("epoch_metric", config.epoch_metric, metrics.METRICS)
@@ -212,6 +215,12 @@ def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   for key in ("dropout", "attention_dropout"):
     share = config.pooling[key]
     optimisers.check_range(f"pooling.{key}", share, least=0, below=1)
+  tuning.check(config, names)
+  return tuple(dict.fromkeys(names))
+
+
+def _check_features(config: ml_collections.ConfigDict) -> None:
+  """Checks that it is said where features come from, and once."""
   if bool(config.networks) == bool(config.data.features):
     raise errors.UsageError(
       "give config.data.features, the features of the slides' tiles, or"
@@ -224,8 +233,6 @@ def make_plan(config: ml_collections.ConfigDict) -> tuple[str, ...]:
       f" {config.data.coords!r}: networks encode the tiles that coords name;"
       " give both or neither"
     )
-  tuning.check(config, names)
-  return tuple(dict.fromkeys(names))
 
 
 def _preview(bench: pooled.Bench) -> int:

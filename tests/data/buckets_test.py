@@ -53,15 +53,16 @@ def source(tmp_path_factory):
 
 
 def batches(source, plan, read=None):
-  encoder = source.encoders[0]
+  store = buckets.Store(source, 1e9)
+  features = buckets.Features(store, 0, source.encoders[0])
+  if read is not None:
+    features.read = read
   return buckets.Batches(
-    read or (lambda row: encoder.read(row).features),
+    features,
     plan,
     names=source.names,
     labels=source.labels,
     weights=np.array([0.5, 2.0], np.float32),
-    channels=encoder.channels,
-    dtype=encoder.dtype,
   )
 
 

@@ -38,6 +38,7 @@ def row(name, value, difference, chosen=False, **changes):
     "name": name,
     "encoder": name,
     "pooling": "gated_attention",
+    "top": 0,
     "network": "resnet18",
     "weights": "imagenet",
     "tap": "layer3",

@@ -50,6 +50,7 @@ def _results(table):
         notes=[],
         failures=0,
         broken=broken,
+        unit="tiles",
         seconds={"tiling": 3.5},
         run=example.results()["summary"]["run"],
       ),

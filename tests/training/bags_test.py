@@ -45,6 +45,7 @@ def task(table, tmp_path, *, mode="jit", count=1, programs=None, **changes):
   made = config(table, **changes)
   (data,) = dataset.open_divisions(made, tmp_path / "no" / "splits.json")
   store = buckets.Store(data.examples, 1e9)
+  source = buckets.Features(store, 0, data.examples.encoders[0])
   network = pooling.BagNetwork(
     making.CHANNELS,
     len(data.names),
@@ -57,7 +58,7 @@ def task(table, tmp_path, *, mode="jit", count=1, programs=None, **changes):
   devices = parallel.Devices(mode, jax.devices()[:count])
   return (
     bags.BagTask(
-      made, data, store, 0, network, devices, seed=1, programs=programs
+      made, data, source, network, devices, seed=1, programs=programs
     ),
     data,
     devices,
@@ -165,7 +166,9 @@ def test_folds_share_what_was_compiled(table, tmp_path):
   changes = {"folds": 4, "loss.class_weights": "balanced"}
   made = config(table, **changes)
   divisions = dataset.open_divisions(made, tmp_path / "splits.json")
-  store = buckets.Store(divisions[0].examples, 1e9)
+  examples = divisions[0].examples
+  store = buckets.Store(examples, 1e9)
+  source = buckets.Features(store, 0, examples.encoders[0])
   devices = parallel.Devices("jit", jax.devices()[:1])
   programs = None
   for fold in range(2):
@@ -176,8 +179,7 @@ def test_folds_share_what_was_compiled(table, tmp_path):
     training = bags.BagTask(
       made,
       divisions[fold],
-      store,
-      0,
+      source,
       network,
       devices,
       seed=fold,

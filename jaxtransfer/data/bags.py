@@ -62,6 +62,11 @@ _SAME = (
 )
 
 
+# TRIDENT and CLAM round a tile's side to whole pixels: of one resolution
+# what is exact differs from scanner to scanner.
+_SAME_MPP = 0.02
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
   """A folder of features.
@@ -472,7 +477,7 @@ class _Folder:
     for slide, described in self._known.items():
       for key, value in self._telling(described):
         first, before = said.setdefault(key, (slide, value))
-        if not _alike(before, value):
+        if not _alike(key, before, value):
           raise UsageError(
             f"config.data.features: {self._folder} holds two kinds of features:"
             f" {first}{_SUFFIX} has {key} {before}, {slide}{_SUFFIX} {value};"
@@ -510,12 +515,13 @@ def unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     if there.get(key) is not None
     and here.get(key) is not None
     and key not in ("encoder", "weights")
-    and not _alike(there[key], here[key])
+    and not _alike(key, there[key], here[key])
   ]
 
 
-def _alike(value: Any, other: Any) -> bool:
+def _alike(key: str, value: Any, other: Any) -> bool:
   """Whether two attributes say the same, rounding apart."""
   if isinstance(value, float | int) and isinstance(other, float | int):
-    return abs(value - other) <= 1e-3 * max(abs(value), abs(other))
+    room = _SAME_MPP if key == "mpp" else 1e-3
+    return abs(value - other) <= room * max(abs(value), abs(other))
   return value == other

@@ -253,3 +253,27 @@ def test_the_fingerprint_is_that_of_every_file(copied):
     copied / "features" / "slide03.h5", making.features(9, True, 24)
   )
   assert bags.open_bags(about).fingerprint() != before
+
+
+@pytest.mark.parametrize(("mpp", "refused"), [(0.504, False), (0.55, True)])
+def test_resolutions_of_one_tiling_may_differ_by_rounding(
+  tmp_path, mpp, refused
+):
+  """As those of TRIDENT's coordinates on slides of two scanners do."""
+  table = making.write_slides(tmp_path, 4, mpp=0.5)
+  for i in range(2):
+    drawn = making.features(i, False, 5)
+    path = tmp_path / "features" / f"slide{i:02d}.h5"
+    making.write_file(path, drawn, "trident", mpp=mpp)
+  config = ml_collections.ConfigDict(
+    {
+      "source": str(table),
+      "features": str(tmp_path / "features"),
+      "max_failures": 0.0,
+    }
+  )
+  if refused:
+    with pytest.raises(errors.UsageError, match="mpp"):
+      bags.open_bags(config)
+  else:
+    assert len(bags.open_bags(config)) == 4

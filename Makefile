@@ -50,7 +50,7 @@ coverage: $(INSTALLED)
 # The oldest versions that pyproject.toml allows, in place of the newest.
 lowest: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct \
+	$(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct --upgrade \
 	  --editable '.[test]'
 
 clean:

@@ -651,7 +651,7 @@ def _inline(svg: str, name: str) -> Html:
   (sides,) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
   width, height = map(float, sides)
   # A figure wider than a phone scrolls rather than becoming unreadable.
-  least = f"min-width:{0.82 * width:.0f}px;" if width > 420 else ""
+  least = f"min-width:{0.82 * width:.0f}px;" if width > 500 else ""
   return Html(
     f'<svg viewBox="0 0 {width:g} {height:g}" aria-hidden="true" '
     f'style="{least}max-width:{1.75 * width:.0f}px"' + svg[svg.index(">") :]
